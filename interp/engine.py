@@ -1,0 +1,225 @@
+"""Answers all readings of all detectors in one forward pass per batch.
+
+`read` compiles the readings into three kinds of work and chooses per layer how to do each:
+
+    kernel   what it answers                            where
+    gather   single entries, from q, k and the LSE      layers whose kernel gave the LSE
+    columns  A @ columns, appended to v                 float32 layers run by the CPU flash kernel
+    sweep    entropy, key mass, whole rows, top keys,   everywhere: blocks of query rows, never a
+             and whatever the other two cannot          T×T tensor
+    pattern  as sweep                                   layers that materialise their own pattern
+
+Each answer says which kernel served which layer. The model's output keeps every bit.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from interp.errors import SiteError
+from interp.kernels import gather, sweep
+from interp.kernels.plan import Plan, Side, compile_plan
+from interp.model import Model
+from interp.prompts import Batch
+from interp.readings import Reading
+from interp.seam.calls import AttnCall
+from interp.seam.structure import Tower
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one reading found.
+
+    Attributes:
+        values: [example, layer, head, …] in the order of `Tower.layers`; NaN where there is no
+            such head, or where the example does not define the reading.
+        how: for each layer of the tower, the kernel that served it.
+        se: standard error of each value, for sampled readings; else None.
+    """
+
+    values: Tensor
+    how: tuple[str, ...]
+    se: Tensor | None = None
+
+    @property
+    def exact(self) -> bool:
+        """False if the values are estimates on sampled rows."""
+        return self.se is None
+
+
+@dataclass
+class _Collected:
+    values: dict[str, Tensor] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
+    se: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Collector:
+    """An observer that answers readings for one tower; made by `read` and by decoding.
+
+    Args:
+        tower: whose layers to read.
+        batch: prompts whose spans the readings name.
+        readings: name to reading.
+    """
+
+    def __init__(self, tower: Tower, batch: Batch, readings: Mapping[str, Reading]) -> None:
+        self.tower = tower
+        self.batch = batch
+        self.readings = dict(readings)
+        self._names = {layer.name: layer for layer in tower.layers}
+        self._plans: dict[tuple[int, int, bool], Plan] = {}
+        self._found = {name: _Collected() for name in readings}
+
+    def columns(self, v: Tensor) -> Tensor | None:
+        """Columns for the model's own kernel, if any reading wants some."""
+        if v.shape[0] != len(self.batch):
+            return None
+        for (_, n_key, _), plan in self._plans.items():
+            if n_key == v.shape[2]:
+                return plan.appended()
+        if v.shape[2] == self._side(True).width:
+            # Which layer this is is not known yet; columns are the same for all of them.
+            causal = self.tower.layers[0].causal
+            return self._plan(self._side(False).width, v.shape[2], causal=causal).appended()
+        return None
+
+    def __call__(self, call: AttnCall) -> None:
+        """Answer every reading for one layer."""
+        layer = self._names.get(call.name)
+        if layer is None:
+            return
+        if call.z.shape[0] != len(self.batch):
+            raise SiteError(
+                f"{call.name} attends in {call.z.shape[0]} groups, not once per example; readings "
+                f"of whole prompts do not apply to it"
+            )
+        if any(layer.name in found.values for found in self._found.values()):
+            raise SiteError(f"{call.name} was called twice in one forward; readings need one call")
+        plan = self._plan(call.n_query, call.n_key, causal=layer.causal)
+        for name, (values, how, se) in answer(call, plan).items():
+            found = self._found[name]
+            found.values[layer.name], found.how[layer.name] = values, how
+            if se is not None:
+                found.se[layer.name] = se
+
+    def _side(self, keys: bool) -> Side:
+        batch = self.batch
+        kind = self.tower.name
+        if batch.decoder is not None and (kind == "text" or (kind == "cross" and not keys)):
+            batch = batch.decoder
+        return Side(batch)
+
+    def _plan(self, n_query: int, n_key: int, *, causal: bool) -> Plan:
+        key = (n_query, n_key, causal)
+        if key not in self._plans:
+            self._plans[key] = compile_plan(
+                self.readings,
+                self._side(False).at(n_query),
+                self._side(True).at(n_key),
+                causal=causal,
+            )
+        return self._plans[key]
+
+    def answers(self) -> dict[str, Answer]:
+        """Everything read so far.
+
+        Raises:
+            SiteError: a layer of the tower was not reached.
+        """
+        out = {}
+        for name, found in self._found.items():
+            missing = [n for n in self._names if n not in found.values]
+            if missing:
+                raise SiteError(
+                    f"the forward pass did not reach {len(missing)} of {len(self._names)} "
+                    f"attention layers of tower {self.tower.name!r}, first {missing[0]}"
+                )
+            order = [layer.name for layer in self.tower.layers]
+            out[name] = Answer(
+                _stack([found.values[n] for n in order]),
+                tuple(found.how[n] for n in order),
+                _stack([found.se[n] for n in order]) if found.se else None,
+            )
+        return out
+
+
+def read(
+    model: Model, batch: Batch, readings: Mapping[str, Reading], *, tower: str | None = None
+) -> dict[str, Answer]:
+    """Run the model once on a batch and answer every reading.
+
+    Args:
+        model: the model in hand.
+        batch: prompts, with the spans that the readings name.
+        readings: name to reading.
+        tower: which tower; the model's first if None.
+
+    Returns:
+        Name to `Answer`, values in float32 (float64 for float64 models) on the model's device.
+
+    Raises:
+        SpanError: a prompt lacks a span.
+        SiteError: the tower is missing or its layers were not reached.
+    """
+    answers, _ = read_with_output(model, batch, readings, tower=tower)
+    return answers
+
+
+def read_with_output(
+    model: Model, batch: Batch, readings: Mapping[str, Reading], *, tower: str | None = None
+) -> tuple[dict[str, Answer], object]:
+    """As `read`, and the model's own output beside the answers."""
+    stack = model.tower(tower) if tower else next(iter(model.towers.values()))
+    collector = Collector(stack, batch, readings)
+    with model.observe(collector, columns=collector.columns):
+        output = model.forward(batch.inputs())
+    return collector.answers(), output
+
+
+Result = tuple[Tensor, str, Tensor | None]
+
+
+@torch.no_grad()
+def answer(call: AttnCall, plan: Plan) -> dict[str, Result]:
+    """Every reading of a plan for one call: values [example, head, …], kernel, standard error."""
+    out: dict[str, Result] = {}
+    fast = call.lse is not None and call.softcap is None and call.sinks is None
+    for name, pairs in plan.pairs.items():
+        if fast:
+            out[name] = gather.pair_mass(call, pairs), "gather", None
+        else:
+            out[name] = sweep.pair_mass(call, pairs), _slow(call), None
+    extra_at = 0
+    for group in plan.groups:
+        width = group.columns.shape[-1] if group.columns is not None else 0
+        extra = None
+        if group.appendable:
+            if call.extra is not None:
+                extra = call.extra[..., extra_at : extra_at + width]
+            extra_at += width
+        if extra is not None:
+            rows = {"columns": extra.transpose(1, 2).to(call.dtype)}
+            out.update(group.reduce(rows, call, "columns"))
+        else:
+            how = "sampled" if group.sample else _slow(call)
+            out.update(group.reduce(sweep.rows(call, group), call, how))
+    for name, reduce in plan.values.items():
+        out[name] = reduce(call), "z", None
+    return out
+
+
+def _slow(call: AttnCall) -> str:
+    return "pattern" if call.pattern is not None else "sweep"
+
+
+def _stack(layers: list[Tensor]) -> Tensor:
+    """Layers of [example, head, …] as [example, layer, head, …], NaN where shapes fall short."""
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in layers), strict=True)]
+    out = layers[0].new_full((len(layers), *shape), math.nan)
+    for i, x in enumerate(layers):
+        out[(i, *(slice(n) for n in x.shape))] = x
+    return out.transpose(0, 1)

@@ -1,0 +1,1 @@
+"""Exact attention statistics without the matrix: plans, gathers and block sweeps."""

@@ -1,0 +1,139 @@
+"""Attention of families that never look their implementation up: watched where they compute it.
+
+Falcon, GPT-J, BLOOM, GPT-Neo, MPT, CodeGen, XGLM and their like call
+`scaled_dot_product_attention` or `softmax` inside their attention modules. While a seam is open a
+function mode watches those two inside the modules given: the first is a call like any other, the
+second yields the pattern that the model itself materialised.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from interp.seam.calls import AttnCall, Observer
+from interp.seam.kernel import Columns, KernelTap
+
+_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.nn.functional.softmax}
+
+
+class _Watch(TorchFunctionMode):
+    """Hears `softmax` and `scaled_dot_product_attention` and says in which module they ran."""
+
+    def __init__(self, columns: Columns | None) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+        self.columns = columns
+        self.seen: dict[str, list[tuple[str, Any]]] = {}
+        self.busy = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if not self.inside or self.busy:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            # The tap goes below this mode, so the call inside it is not heard again.
+            self.busy = True
+            try:
+                with KernelTap(self.columns) as tap:
+                    out = func(*args, **kwargs)
+            finally:
+                self.busy = False
+            self.seen.setdefault(self.inside[-1], []).append(("call", (tap, out)))
+            return out
+        out = func(*args, **kwargs)
+        if func in _SOFTMAX and isinstance(out, Tensor) and out.dim() in (3, 4):
+            self.seen.setdefault(self.inside[-1], []).append(("pattern", out))
+        return out
+
+
+@contextmanager
+def watched(
+    names: Mapping[nn.Module, str],
+    projections: Mapping[str, nn.Module],
+    n_heads: Mapping[str, int],
+    observer: Observer,
+    *,
+    columns: Columns | None = None,
+) -> Iterator[None]:
+    """Show the attention calls of some modules to an observer.
+
+    Args:
+        names: attention modules and their qualified names.
+        projections: name to output projection; its input is z.
+        n_heads: name to number of query heads.
+        observer: called once per attention call, when the output projection receives z; may
+            return a new z.
+        columns: columns to append to v where the model's kernel is reached.
+    """
+    watch = _Watch(columns)
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            watch.inside.append(name)
+            watch.seen.pop(name, None)
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if watch.inside and watch.inside[-1] == name:
+                watch.inside.pop()
+
+        return hook
+
+    def project(name: str, module: nn.Module) -> Callable[..., Any]:
+        def hook(projection: nn.Module, args: tuple[Any, ...]) -> Any:
+            heard = watch.seen.pop(name, [])
+            if not heard:
+                return None
+            call = _describe(name, module, args[0], n_heads[name], heard)
+            watch.busy = True
+            try:
+                z = observer(call)
+            finally:
+                watch.busy = False
+            return None if z is None else (z.reshape(args[0].shape), *args[1:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for module, name in names.items():
+            stack.callback(
+                module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True).remove
+            )
+            stack.callback(module.register_forward_hook(leave(name), always_call=True).remove)
+            stack.callback(
+                projections[name].register_forward_pre_hook(project(name, module)).remove
+            )
+        stack.enter_context(watch)
+        yield
+
+
+def _describe(
+    name: str, module: nn.Module, z: Tensor, n_heads: int, heard: list[tuple[str, Any]]
+) -> AttnCall:
+    """The last thing heard in a module before its output projection, as a call."""
+    kind, what = heard[-1]
+    z = z.reshape(*z.shape[:2], n_heads, -1)
+    if kind == "pattern":
+        if what.dim() == 3:  # [batch·head, query, key]
+            what = what.view(z.shape[0], n_heads, *what.shape[1:])
+        return AttnCall(name, module, None, None, None, z, pattern=what, how="pattern")
+    tap, _ = what
+    q, k, v, mask, causal, scale = tap.args
+    extra = None if tap.extra is None else tap.extra.transpose(1, 2)
+    return AttnCall(
+        name, module, q, k, v, z, scale=scale, mask=mask, causal=causal, lse=tap.lse,
+        extra=extra, how="recomputed" if tap.lse is None else "kernel",
+    )  # fmt: skip
