@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interp.errors import DoctorError
 from interp.example import example_inputs
-from interp.seam.calls import AttnCall
+from interp.seam.calls import MASKED, AttnCall
 from interp.seam.structure import Layer
 
 if TYPE_CHECKING:
@@ -165,10 +165,11 @@ class _Worst:
         self.value: float | None = None
         self.where = ""
 
-    def see(self, value: float, where: str) -> None:
+    def see(self, value: float, where: str, limit: float | None = None) -> None:
+        limit = self.limit if limit is None else limit
         # NaN compares false with everything: it must count as the worst of all.
-        if self.value is None or not value <= self.value:
-            self.value, self.where = value, where
+        if self.value is None or not value * self.limit <= self.value * limit:
+            self.value, self.where, self.limit = value, where, limit
 
     def check(self, missing: str) -> Check:
         if self.value is None:
@@ -239,12 +240,15 @@ class _Watch:
             if call.lse is not None:
                 s = call.scores(b, heads, slice(0, call.n_query))
                 gap = (call.row_lse(s, heads) - call.lse[b])[:, real].abs()
-                self.lse.see(float(gap.max()), call.name)
-            if call.extra is not None:
+                # Scores of size s carry a rounding error of s·eps, and so does all made of them.
+                seen = s.masked_fill(s <= MASKED / 2, 0).abs().max()
+                limit = self.limit + 8 * float(seen) * torch.finfo(s.dtype).eps
+                self.lse.see(float(gap.max()), call.name, limit)
+            if call.lse is not None and call.extra is not None:
                 ones = torch.ones(call.n_key, 1, device=p.device, dtype=p.dtype)
                 columns = torch.cat([ones, ones.cumsum(0) / call.n_key], dim=-1)
                 extra = call.extra[b].transpose(0, 1)[:, real].to(p)
-                self.appended.see(float((p @ columns - extra).abs().max()), call.name)
+                self.appended.see(float((p @ columns - extra).abs().max()), call.name, limit)
 
     def _text(self, name: str, n: int) -> bool:
         tower = self.layers[name].tower

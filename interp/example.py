@@ -57,7 +57,7 @@ def text_inputs(model: nn.Module, *, batch: int = 2, length: int = 12) -> dict[s
     """Random ids without special tokens; also decoder ids for encoder-decoders."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    special = _special_ids(config)
+    special = special_ids(config)
     allowed = [i for i in range(int(text.vocab_size)) if i not in special][:5000]
     context = getattr(text, "max_position_embeddings", None)
     if isinstance(context, int) and context > 0:
@@ -73,7 +73,7 @@ def text_inputs(model: nn.Module, *, batch: int = 2, length: int = 12) -> dict[s
     return inputs
 
 
-def _special_ids(config: Any) -> set[int]:
+def special_ids(config: Any) -> set[int]:
     """Every id that some configuration calls special: a stray image token would ask for an image."""
     found: set[int] = set()
 

@@ -104,7 +104,7 @@ class Model:
     def bos_id(self) -> int | None:
         """The id a text begins with, or None if this tokenizer begins with none."""
         if self.tokenizer is not None:
-            ids = self.tokenizer("a").input_ids
+            ids = self.tokenizer("").input_ids
             bos = self.tokenizer.bos_token_id
             return int(bos) if bos is not None and ids and ids[0] == bos else None
         bos = getattr(self.text_config, "bos_token_id", None)

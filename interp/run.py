@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class Run:
     @classmethod
     def open_or_create(
         cls, folder: str | Path, key: Mapping[str, Any], meta: Mapping[str, Any] | None = None
-    ) -> Self:
+    ) -> "Run":
         """Begin a run, or go on with the one of the same key.
 
         A complete run is opened for reading: look at `status` before computing anything.
@@ -134,7 +134,7 @@ class Run:
             raise
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path) -> "Run":
         """Open a run for reading, complete or not.
 
         Raises:
@@ -253,7 +253,7 @@ class Run:
             lock.release(self._lock)
             self._lock = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(

@@ -74,6 +74,12 @@ def load(path: Path) -> HeadScores:
         )
     try:
         given = {name: meta[name] for name in _META}
+        given["examples"] = tuple(meta["examples"])
+        given["failures"] = tuple((example, why) for example, why in meta["failures"])
+        # An infinity stands as text in JSON.
+        given["threshold"] = float(meta["threshold"])
+        low, high = meta["range"]
+        given["range"] = (float(low), float(high))
         given["heads"] = tuple(HeadId(layer, i, tower) for tower, layer, i in meta["heads"])
         given["extras"] = {
             name.removeprefix(_EXTRA): column

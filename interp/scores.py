@@ -76,7 +76,7 @@ class HeadScores:
     detector: str
     heads: tuple[HeadId, ...]
     per_example: Float[np.ndarray, "example head"]
-    null_per_example: Float[np.ndarray, "example head"] | None
+    null_per_example: Float[np.ndarray, "_ _"] | None
     examples: tuple[str, ...]
     failures: tuple[tuple[str, str], ...] = ()
     threshold: float = -math.inf
@@ -423,7 +423,7 @@ def _frozen(array: np.ndarray) -> Float[np.ndarray, "example head"]:
     return copy
 
 
-def _none(value: float) -> float | None:
+def _none(value: int | float) -> int | float | None:
     return None if math.isnan(value) else value
 
 

@@ -39,6 +39,13 @@ def _by_count(
         yield int(count), columns, np.take_along_axis(values[:, columns], order, axis=0)
 
 
+def _mean(defined: Float[np.ndarray, "defined some"]) -> Float[np.ndarray, " some"]:
+    """Mean of each column, whatever columns stand beside it; of equal numbers, that number."""
+    # numpy adds in another order where numbers lie apart in memory: one layout for all.
+    mean: Float[np.ndarray, " some"] = np.ascontiguousarray(defined.T).mean(axis=1)
+    return np.where((defined == defined[0]).all(axis=0), defined[0], mean)
+
+
 def mean_and_count(
     values: Float[np.ndarray, "example head"],
 ) -> tuple[Float[np.ndarray, " head"], Int[np.ndarray, " head"]]:
@@ -48,10 +55,7 @@ def mean_and_count(
     for count, columns, defined in _by_count(np.asarray(values, dtype=np.float64)):
         n[columns] = count
         if count:
-            # numpy adds in another order where the columns lie apart in memory: one layout, so
-            # that a head's mean does not depend on the heads beside it.
-            rows = np.ascontiguousarray(defined.T)
-            mean[columns] = rows.mean(axis=1)
+            mean[columns] = _mean(defined)
     return mean, n
 
 
@@ -91,9 +95,7 @@ def bootstrap_interval(
             continue
         weights = _resample_weights(count, resamples, seed)
         # Centred, so that a head with equal scores gets exactly its score as both ends.
-        centre = defined.mean(axis=0)
-        constant = (defined == defined[0]).all(axis=0)
-        centre[constant] = defined[0, constant]
+        centre = _mean(defined)
         width = max(1, _BLOCK // resamples)
         for start in range(0, len(columns), width):
             part = slice(start, start + width)

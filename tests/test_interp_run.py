@@ -117,7 +117,9 @@ def test_a_complete_run_is_opened_for_reading(tmp_path):
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_an_error_inside_leaves_an_interrupted_run_that_goes_on(tmp_path):
+def test_an_error_inside_leaves_an_interrupted_run_that_goes_on(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("interp.run._now", lambda: str(next(clock)))
     with pytest.raises(KeyboardInterrupt), Run.open_or_create(tmp_path, KEY, META) as run:
         created = run.info["created"]
         run.put_part(0, {"x": np.ones(2)})
@@ -136,11 +138,11 @@ def test_an_error_inside_leaves_an_interrupted_run_that_goes_on(tmp_path):
 def test_parts_are_written_once_and_known_by_number(tmp_path):
     with Run.open_or_create(tmp_path, KEY) as run:
         run.put_part(123_456, {"x": np.zeros(1)})
-        with pytest.raises(RunError, match="batch 123456 .* must be new"):
+        with pytest.raises(RunError, match=r"batch 123456 .* must be new"):
             run.put_part(123_456, {})
         with pytest.raises(RunError, match="batch -1"):
             run.put_part(-1, {})
-        with pytest.raises(RunError, match="batch 3 .* is not finished"):
+        with pytest.raises(RunError, match=r"batch 3 .* is not finished"):
             run.part(3)
         with pytest.raises(InputError, match="must hold numbers"):
             run.put_part(4, {"x": np.array(["text"])})
@@ -170,7 +172,7 @@ def test_keys_are_compared_as_they_are_stored(tmp_path):
     key = {"eps": np.float32(0.1), "heads": (1, 2), "path": Path("x"), "nan": np.nan}
     Run.open_or_create(tmp_path, key).close()
     Run.open_or_create(tmp_path, key).close()
-    with pytest.raises(InputError, match="key.f must be made of"):
+    with pytest.raises(InputError, match=r"key.f must be made of"):
         Run.open_or_create(tmp_path / "b", {"f": object()})
     with pytest.raises(InputError, match="own names; got 'status'"):
         Run.open_or_create(tmp_path / "b", KEY, {"status": "fine"})
@@ -198,9 +200,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(RunError, match=r"is not a run and holds 'thesis.tex'"):
         Run.open_or_create(tmp_path, KEY)
     assert files(tmp_path) == {"thesis.tex"}
-    with pytest.raises(RunError, match="thesis.tex is a file"):
+    with pytest.raises(RunError, match=r"thesis.tex is a file"):
         Run.open_or_create(tmp_path / "thesis.tex", KEY)
-    with pytest.raises(RunError, match="is not a run folder: it has no run.json"):
+    with pytest.raises(RunError, match=r"is not a run folder: it has no run.json"):
         Run.load(tmp_path)
     with pytest.raises(RunError, match="there is no run folder"):
         Run.load(tmp_path / "nowhere")
@@ -336,6 +338,16 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half_written(
     assert done.finished == {0, 1}
 
 
+def test_a_full_disk_is_reported_where_it_was_met(tmp_path, monkeypatch):
+    # Marking the run interrupted fails as well; that must not hide what was being written.
+    run = Run.open_or_create(tmp_path, KEY)
+    full_after(monkeypatch, 0)
+    with pytest.raises(RunError, match=r"parts/00000\.safetensors"), run:
+        run.put_part(0, {"x": np.ones(1)})
+    assert files(tmp_path) == {"run.json"}
+    assert Run.load(tmp_path).status == "interrupted"
+
+
 def test_a_full_disk_leaves_the_old_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, b"old")
@@ -451,7 +463,24 @@ def test_a_lock_that_says_nothing_is_taken_over(tmp_path, text):
     Run.open_or_create(tmp_path, KEY).close()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="start times come from /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="states and start times come from /proc"
+)
+
+
+@linux
+def test_a_killed_child_that_nobody_collected_is_dead(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / lock.NAME).write_text(json.dumps(lock._identity(child.pid)))
+    with pytest.raises(RunError, match=f"process {child.pid} on"):
+        Run.open_or_create(tmp_path, KEY)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    Run.open_or_create(tmp_path, KEY).close()
+    child.communicate()
+
+
+@linux
 def test_a_process_id_used_again_is_not_the_owner(tmp_path):
     (tmp_path / lock.NAME).write_text(owner(started=1))
     Run.open_or_create(tmp_path, KEY).close()

@@ -124,7 +124,8 @@ def test_when_every_example_failed_everything_is_undefined():
         assert table.top(3) == table.select() == ()
         assert [row["score"] for row in table.rows()] == [None] * 6
         assert expected in repr(table)
-        table.plot()
+        figure = table.plot()
+        assert np.isnan(figure.data[0].z).all()
 
 
 def test_failures_count_as_examples():
@@ -145,9 +146,11 @@ def test_a_table_cannot_be_changed(table):
     with pytest.raises(ValueError, match="read-only"):
         table.per_example[0, 0] = 1.0
     source = np.zeros((2, 6))
-    copied = make(source)
+    copied = HeadScores("copy", HEADS, source, source, ("a", "b"), extras={"x": source[0]})
     source[:] = 9.0
     assert (copied.values == 0).all()
+    assert (copied.null == 0).all()
+    assert (copied.column("x") == 0).all()
 
 
 # bad input
@@ -254,7 +257,7 @@ def test_compare_measures_disagreement():
 
 def test_compare_refuses_other_heads(table):
     fewer = make(np.zeros((3, 5)), heads=HEADS[:5])
-    with pytest.raises(InputError, match="1 are only in the first .* such as L1H2"):
+    with pytest.raises(InputError, match=r"1 are only in the first .* such as L1H2"):
         table.compare(fewer)
     with pytest.raises(InputError, match="same granularity; got 'query' and 'kv'"):
         table.compare(replace(table, granularity="kv"))
@@ -320,10 +323,12 @@ def test_an_undefined_true_head_ranks_last():
 @given(arrays(np.float64, (9, 6), elements=st.floats(0, 1) | st.just(NAN)), st.integers(1, 7))
 def test_shards_cut_anywhere_give_the_same_table(values, cut):
     each = np.nan_to_num(values) * 2
-    whole = make(values, extras={"copying": each, "place": np.arange(6)}, threshold=0.2)
+    null = values[::-1] / 2
+    whole = make(values, null, extras={"copying": each, "place": np.arange(6)}, threshold=0.2)
     parts = [
         make(
             values[rows],
+            null[rows],
             examples=whole.examples[rows],
             extras={"copying": each[rows], "place": np.arange(6)},
             threshold=0.2,
@@ -539,17 +544,18 @@ def test_html_is_small_static_and_escaped():
     heads = tuple(HeadId(layer, head) for layer in range(80) for head in range(64))
     rng = np.random.default_rng(0)
     table = HeadScores(
-        "<script>alert(1)</script>",
+        "<script>alert(1)</script>" + "d" * 10_000,
         heads,
-        rng.random((8, len(heads))),
-        rng.random((8, len(heads))),
-        tuple(map(str, range(8))),
+        1 + rng.random((30, len(heads))),
+        np.zeros((30, len(heads))),
+        tuple(map(str, range(30))),
         unit="<b>" + "u" * 10_000,
         provenance={"model": "<img src=x>" + "m" * 10_000},
         failures=(("f", "</table>" + "x" * 10_000),),
     )
     html = table._repr_html_()
-    assert len(html.encode()) < 100_000
+    assert len(html.encode()) < 20_000
+    assert html.count("&lt;script") == 21
     assert "<script" not in html
     assert "<img" not in html
     assert "http" not in html

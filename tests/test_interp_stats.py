@@ -60,9 +60,12 @@ def test_bootstrap_of_two_examples_is_their_range():
     assert (lo[0], hi[0]) == (0.0, 1.0)
 
 
-def test_bootstrap_of_equal_scores_is_exactly_the_score():
-    lo, hi = bootstrap_interval(np.full((7, 1), 0.1))
-    assert lo[0] == hi[0] == 0.1
+@pytest.mark.parametrize("n", [3, 6, 10, 11, 100])
+def test_equal_scores_have_exactly_that_score_as_mean_and_interval(n):
+    # Adding 0.1 up and dividing again misses 0.1 by a bit for some n, and with it a threshold.
+    values = np.full((n, 1), 0.1)
+    lo, hi = bootstrap_interval(values)
+    assert lo[0] == hi[0] == mean_and_count(values)[0][0] == 0.1
 
 
 def test_bootstrap_is_undefined_below_two_examples():

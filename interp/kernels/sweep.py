@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.kernels.plan import Group, Pairs
-from interp.seam.calls import MASKED, AttnCall
+from interp.seam.calls import AttnCall
 
 BLOCK = 64  # query rows at a time
 _ELEMENTS = 1 << 20  # entries of the pattern held at once
@@ -137,14 +137,11 @@ def _pattern(
         p = call.rows(b, heads, block)[..., :keys]
         return p, -torch.special.xlogy(p, p).sum(-1) if entropy else None
     s = call.scores(b, heads, block, keys=keys, out=lambda shape: buffers.take(0, shape))
-    if call.lse is not None:
-        lse = call.lse[b, heads][:, block].to(call.dtype)
-    else:
-        lse = call.row_lse(s, heads)
-    lse = lse[..., None]
+    if call.lse is None:
+        p = call.normalised(s, heads)
+        return p, -torch.special.xlogy(p, p).sum(-1) if entropy else None
+    lse = call.lse[b, heads][:, block].to(call.dtype)[..., None]
     p = torch.sub(s, lse, out=buffers.take(1, tuple(s.shape))).exp_()
-    if call.lse is None and call.mask is not None:
-        p.mul_(s.amax(-1, keepdim=True) > MASKED / 2)
     if not entropy:
         return p, None
     # H = LSE·Σp − Σp·s; both sums are over visible keys, hidden ones have p = 0 exactly.

@@ -138,10 +138,19 @@ class AttnCall:
         """
         if self.pattern is not None:
             return self.pattern[b, heads][:, rows].to(self.dtype)
-        s = self.scores(b, heads, rows)
+        return self.normalised(self.scores(b, heads, rows), heads)
+
+    def normalised(
+        self, s: Float[Tensor, "head query key"], heads: slice
+    ) -> Float[Tensor, "head query key"]:
+        """The pattern of complete rows of scores; all zero in rows that see no key."""
         # A row without any visible key holds only MASKED: its softmax would be uniform.
         seen = s.amax(-1, keepdim=True) > MASKED / 2
-        return torch.exp(s - self.row_lse(s, heads)[..., None]) * seen
+        if self.sinks is None:
+            # Not exp(s − LSE): at large scores their difference has lost its last digits.
+            return torch.softmax(s, dim=-1) * seen
+        sink = self.sinks[heads].to(s.dtype)[:, None, None].expand(-1, s.shape[1], 1)
+        return torch.softmax(torch.cat([s, sink], dim=-1), dim=-1)[..., :-1] * seen
 
 
 def hide_future(s: Float[Tensor, "head query key"], rows: slice | Tensor) -> None:

@@ -1,0 +1,26 @@
+"""Detectors, the scoring engine, and what a score does to a model: see `heads.detector`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heads.detector import DETECTORS as DETECTORS
+    from heads.detector import make_detector as make_detector
+    from heads.masking import masking_experiment as masking_experiment
+    from heads.scoring import score as score
+
+_HOMES = {
+    "DETECTORS": "heads.detector",
+    "make_detector": "heads.detector",
+    "masking_experiment": "heads.masking",
+    "score": "heads.scoring",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'heads' has no attribute {name!r}")

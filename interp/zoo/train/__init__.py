@@ -1,0 +1,1 @@
+"""Scripts that reproduce the trained zoo: `python -m interp.zoo.train.needle` and `.induction`."""
