@@ -61,7 +61,10 @@ class Induction(ReadingDetector):
 
     def readings(self) -> Mapping[str, Reading]:
         """See `ReadingDetector`."""
-        return {"prefix": PairMass(Same(1), per=self.per), "z": ZValue(f"{_QUERIES}-{self.queries}")}
+        return {
+            "prefix": PairMass(Same(1), per=self.per),
+            "z": ZValue(f"{_QUERIES}-{self.queries}"),
+        }
 
     def prepare(self, prompt: Prompt) -> Prompt:
         """The prompt with the queries on which copying is measured as a span."""

@@ -20,7 +20,6 @@ Source: Wu et al. 2024, arXiv 2404.15574, section 2; code nightdessert/Retrieval
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -68,9 +67,7 @@ class Retrieval(DecodingDetector):
         """See `DecodingDetector`."""
         answers = [self._answer(p) for p in prompts]
         batch = model.batch(prompts, side="left")
-        seen = decode(
-            model, batch, max_new_tokens=max(map(len, answers)) + self.extra, tower=tower
-        )
+        seen = decode(model, batch, max_new_tokens=max(map(len, answers)) + self.extra, tower=tower)
         values = torch.full(seen.top.shape[:3], math.nan)
         null = values.clone()
         failures = {}
@@ -103,10 +100,7 @@ class Retrieval(DecodingDetector):
         if self.mode == "authors":
             return hit.sum(-1).float() / len(needle)
         tokens = sorted({prompt.tokens[i] for i in needle})
-        found = [
-            (hit & (torch.tensor(produced) == token)).any(-1)
-            for token in tokens
-        ]
+        found = [(hit & (torch.tensor(produced) == token)).any(-1) for token in tokens]
         return torch.stack(found).sum(0).float() / len(tokens)
 
 

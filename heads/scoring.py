@@ -279,9 +279,7 @@ def _measure(model: Model, tower: "Tower", job: Job, seed: int) -> tuple[Arrays,
     return arrays, failures
 
 
-def _outcomes(
-    model: Model, tower: "Tower", job: Job, seed: int
-) -> Iterator[tuple[str, Outcome]]:
+def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tuple[str, Outcome]]:
     readers = [d for d in job.detectors if isinstance(d, ReadingDetector)]
     if readers:
         prompts = list(job.prompts)
@@ -316,7 +314,8 @@ def _own(detector: Detector, answers: Mapping[str, Answer]) -> dict[str, torch.T
 def _flat(tower: "Tower", values: torch.Tensor) -> np.ndarray:
     """[example, layer, head] as [example, head], in the order of `Tower.heads`."""
     rows = [
-        values[:, at, : layer.n_heads].detach().cpu().double() for at, layer in enumerate(tower.layers)
+        values[:, at, : layer.n_heads].detach().cpu().double()
+        for at, layer in enumerate(tower.layers)
     ]
     return torch.cat(rows, dim=1).numpy()
 

@@ -74,7 +74,7 @@ def text_inputs(model: nn.Module, *, batch: int = 2, length: int = 12) -> dict[s
 
 
 def special_ids(config: Any) -> set[int]:
-    """Every id that some configuration calls special: a stray image token would ask for an image."""
+    """Every id that a configuration calls special: a stray image token would ask for an image."""
     found: set[int] = set()
 
     def walk(value: Mapping[str, Any]) -> None:

@@ -65,8 +65,8 @@ class Same(Relation):
         return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
-class Reading(ABC):
-    """Base of all readings. Every reading yields one value per example and head, or says its shape."""
+class Reading:
+    """Base of all readings: one value per example and head, unless a reading says its shape."""
 
 
 def _check_sample(sample: int | None) -> None:

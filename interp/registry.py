@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 
 from interp.errors import UnknownNameError
 
-
 T = TypeVar("T")
 
 

@@ -37,6 +37,12 @@ def test_mean_skips_undefined_examples_and_counts_the_rest():
     np.testing.assert_array_equal(n, [2, 1, 0])
 
 
+def test_a_heads_mean_does_not_depend_on_the_heads_beside_it():
+    values = np.random.default_rng(0).random((1000, 6))
+    alone = [mean_and_count(values[:, [i]])[0][0] for i in range(6)]
+    np.testing.assert_array_equal(mean_and_count(values)[0], alone)
+
+
 # bootstrap
 
 

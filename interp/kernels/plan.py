@@ -4,6 +4,7 @@ A plan is made once per batch and call shape and used for every layer. Everythin
 of the pattern becomes columns c: the reading is then a weighted mean over query rows of A @ c.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ def compile_plan(
 
     def group(query: str, sample: int | None) -> Group:
         if (query, sample) not in groups:
-            groups[query, sample] = _rows(queries.positions(query), sample, queries.batch)
+            groups[query, sample] = _rows(queries.positions(query), sample)
         return groups[query, sample]
 
     for name, reading in readings.items():
@@ -222,9 +223,9 @@ def _short(spans: list[list[int]]) -> bool:
     return all(0 < len(keys) <= GATHERED_KEYS for keys in spans)
 
 
-def _rows(positions: list[list[int]], sample: int | None, batch: Batch) -> Group:
+def _rows(positions: list[list[int]], sample: int | None) -> Group:
     rows, weights, spread = [], [], []
-    for listed, prompt in zip(positions, batch.prompts, strict=True):
+    for listed in positions:
         if sample is None or len(listed) <= sample:
             n = len(listed)
             rows.append(torch.tensor(listed, dtype=torch.long))
@@ -235,7 +236,7 @@ def _rows(positions: list[list[int]], sample: int | None, batch: Batch) -> Group
         gen = torch.Generator().manual_seed(len(listed))
         bounds = torch.linspace(0, len(listed), sample // 2 + 1).round().long().tolist()
         chosen, w, c = [], [], []
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             size = stop - start
             pick = (torch.randperm(size, generator=gen)[:2] + start).sort().values.tolist()
             chosen += [listed[i] for i in pick]

@@ -129,9 +129,7 @@ class AttnCall:
             lse = torch.logaddexp(lse, self.sinks[heads].to(lse.dtype)[:, None])
         return lse
 
-    def rows(
-        self, b: int, heads: slice, rows: slice | Tensor
-    ) -> Float[Tensor, "head query key"]:
+    def rows(self, b: int, heads: slice, rows: slice | Tensor) -> Float[Tensor, "head query key"]:
         """The pattern of some query rows of one example, in the statistics dtype.
 
         Rows that see no key are all zero.

@@ -55,7 +55,9 @@ def observed(
 
 def _used(names: Mapping[nn.Module, str]) -> list[tuple[AttentionInterface, str]]:
     """Every (interface, implementation name) that the modules may look up."""
-    interfaces: dict[int, AttentionInterface] = {id(ALL_ATTENTION_FUNCTIONS): ALL_ATTENTION_FUNCTIONS}
+    interfaces: dict[int, AttentionInterface] = {
+        id(ALL_ATTENTION_FUNCTIONS): ALL_ATTENTION_FUNCTIONS
+    }
     for file in {type(module).__module__ for module in names}:
         # A modelling file may declare an interface of its own to override one implementation.
         for value in vars(sys.modules[file]).values() if file in sys.modules else ():
@@ -156,9 +158,11 @@ def describe(
             # One decoded row of grouped heads: the heads of a group were folded into rows.
             mask = mask.reshape(mask.shape[0], -1, 1, mask.shape[-1])
         lse = None if tap.lse is None else tap.lse.reshape(z.shape[0], n_heads, n_query)
-        extra = None if tap.extra is None else tap.extra.reshape(
-            z.shape[0], n_heads, n_query, -1
-        ).transpose(1, 2)
+        extra = (
+            None
+            if tap.extra is None
+            else tap.extra.reshape(z.shape[0], n_heads, n_query, -1).transpose(1, 2)
+        )
         return AttnCall(
             name, module, query, key[:, :, :n_key], value[:, :, :n_key], z,
             scale=scale, mask=mask, causal=causal, lse=lse, extra=extra,

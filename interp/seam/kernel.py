@@ -148,9 +148,7 @@ def _flash_on_cpu(
     """Whether torch would run its CPU flash kernel on this call."""
     if q.device.type != "cpu" or q.dim() != 4 or dropout:
         return False
-    choice = torch._fused_sdp_choice(
-        q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa
-    )
+    choice = torch._fused_sdp_choice(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa)
     return choice == _FLASH
 
 
@@ -200,10 +198,12 @@ def flash(
     scale: float,
     columns: list[Tensor | None],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """torch's CPU flash kernel with its log-sum-exp, and A @ columns for each set of columns.
+    """Torch's CPU flash kernel with its log-sum-exp, and A @ columns for each set of columns.
 
     Args:
-        q: [batch, head, query, d]; k and v: [batch, kv_head, key, d].
+        q: [batch, head, query, d].
+        k: [batch, kv_head, key, d].
+        v: [batch, kv_head, key, d].
         mask: additive or boolean, broadcastable to [batch, head, query, key], or None.
         causal: whether query i sees only keys j ≤ i.
         scale: factor on q·k.

@@ -60,7 +60,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of attention layers: `text`, `encoder`, `vision`, `cross`, …
+    """A stack of attention layers: `text`, `encoder`, `vision`, `cross` or another.
 
     Attributes:
         name: how head ids name it.
@@ -150,15 +150,12 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     rest = {
         module: name
         for module, name in names.items()
-        if _looks_like_attention(module)
-        and not any(_related(name, other) for other in found)
+        if _looks_like_attention(module) and not any(_related(name, other) for other in found)
     }
     if rest:
         with torch.enable_grad(), _projections(model, names, found), _listen(rest, found):
             model(**inputs)
-    unreached = {
-        name: type(module).__name__ for module, name in rest.items() if name not in found
-    }
+    unreached = {name: type(module).__name__ for module, name in rest.items() if name not in found}
     lost = [name for name, entry in found.items() if not entry.projection]
     for name in lost:
         unreached[name] = f"{type(model.get_submodule(name)).__name__} (no output projection)"

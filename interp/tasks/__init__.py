@@ -49,7 +49,9 @@ def make_task(name: str, params: Mapping[str, Any] | None = None) -> Task:
         if key not in known:
             raise UnknownNameError(f"parameter of task {name!r}", key, known)
         default = known[key].default
-        values[key] = read_like(default, value, f"{name}:{key}") if isinstance(value, str) else value
+        values[key] = (
+            read_like(default, value, f"{name}:{key}") if isinstance(value, str) else value
+        )
     return cls(**values)
 
 

@@ -9,28 +9,61 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-KEYS: tuple[str, ...] = tuple(
-    """Amber Birch Cedar Delta Ember Falcon Garnet Harbor Indigo Jasper Kestrel Lotus Maple Nectar
-    Onyx Pearl Quartz Raven Saffron Topaz Umber Violet Willow Xenon Yarrow Zephyr Acorn Badger
-    Comet Dune Eagle Fern Glacier Heron Iris Juniper Koala Lynx Marble Nova Orchid Panther Quail
-    River Sparrow Tulip Urchin Vulture Walnut Zebra""".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+KEYS: tuple[str, ...] = _words(
+    """
+    Amber Birch Cedar Delta Ember Falcon Garnet Harbor Indigo Jasper Kestrel Lotus Maple
+    Nectar Onyx Pearl Quartz Raven Saffron Topaz Umber Violet Willow Xenon Yarrow Zephyr
+    Acorn Badger Comet Dune Eagle Fern Glacier Heron Iris Juniper Koala Lynx Marble Nova
+    Orchid Panther Quail River Sparrow Tulip Urchin Vulture Walnut Zebra
+    """
 )
-VALUES: tuple[str, ...] = tuple(
-    """anchor basket candle dragon engine feather guitar hammer island jacket kettle ladder mirror
-    needle orange pepper quilt ribbon saddle teapot umbrella violin wagon yogurt zipper apron
-    button carpet dagger easel funnel goblet hinge inkwell jigsaw kernel lantern magnet napkin
-    opal pillow quiver rocket spoon timber urn vase whistle yarn badge crayon drum envelope flute
-    glove helmet ivory jewel kite lemon""".split()
+VALUES: tuple[str, ...] = _words(
+    """
+    anchor basket candle dragon engine feather guitar hammer island jacket kettle ladder
+    mirror needle orange pepper quilt ribbon saddle teapot umbrella violin wagon yogurt
+    zipper apron button carpet dagger easel funnel goblet hinge inkwell jigsaw kernel
+    lantern magnet napkin opal pillow quiver rocket spoon timber urn vase whistle yarn badge
+    crayon drum envelope flute glove helmet ivory jewel kite lemon
+    """
 )
-_ADJECTIVES = """old young quiet busy tall small gentle weary cheerful careful patient proud happy
-    curious honest famous lonely clever sleepy brave""".split()
-_PEOPLE = """baker sailor farmer teacher doctor painter miller tailor singer writer hunter keeper
-    driver soldier student grocer weaver potter fisher gardener""".split()
-_VERBS = """walked ran drove travelled hurried wandered returned rode moved climbed""".split()
-_PLACES = """market forest village castle bridge valley school church garden meadow station library
-    theatre kitchen tavern stable tower beach mountain city""".split()
-_TIMES = """morning evening winter summer autumn spring afternoon night""".split()
-_GLUE = "The the to in and of is what What Note Recall code secret a".split()
+_ADJECTIVES = _words(
+    """
+    old young quiet busy tall small gentle weary cheerful careful patient proud happy
+    curious honest famous lonely clever sleepy brave
+    """
+)
+_PEOPLE = _words(
+    """
+    baker sailor farmer teacher doctor painter miller tailor singer writer hunter keeper
+    driver soldier student grocer weaver potter fisher gardener
+    """
+)
+_VERBS = _words(
+    """
+    walked ran drove travelled hurried wandered returned rode moved climbed
+    """
+)
+_PLACES = _words(
+    """
+    market forest village castle bridge valley school church garden meadow station library
+    theatre kitchen tavern stable tower beach mountain city
+    """
+)
+_TIMES = _words(
+    """
+    morning evening winter summer autumn spring afternoon night
+    """
+)
+_GLUE = _words(
+    """
+    The the to in and of is what What Note Recall code secret a
+    """
+)
 _STOPS = (".", ":", "?", ",")
 
 

@@ -138,10 +138,8 @@ class Needle(Task):
         form = WORDINGS[self.wording]
         keys = rng.sample(KEYS, self.facts)
         words = rng.sample(VALUES, self.facts * self.words)
-        values = [" ".join(words[i::self.facts]) for i in range(self.facts)]
-        stated = [
-            (form.fact.format(key=k, value=v), v) for k, v in zip(keys, values, strict=True)
-        ]
+        values = [" ".join(words[i :: self.facts]) for i in range(self.facts)]
+        stated = [(form.fact.format(key=k, value=v), v) for k, v in zip(keys, values, strict=True)]
         return stated, form.question.format(key=keys[0]), values[0]
 
     def _from_ids(

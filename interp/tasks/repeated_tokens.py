@@ -55,7 +55,10 @@ class RepeatedTokens(Task):
             block = sample_ids(rng, ids, length)
             tokens = (*bos, *block * self.repeats)
             start = len(bos)
-            spans = {"first": ((start, start + length),), "repeats": ((start + length, len(tokens)),)}
+            spans = {
+                "first": ((start, start + length),),
+                "repeats": ((start + length, len(tokens)),),
+            }
             if bos:
                 spans["bos"] = ((0, 1),)
             out.append(Prompt(tokens, spans, id=f"repeated-{i}", meta={"length": length}))

@@ -34,7 +34,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A built zoo model: a Hugging Face model in eval mode, its tokenizer if it has one, its truth."""
+    """A built zoo model: a Hugging Face model in eval mode, its tokenizer if any, its truth."""
 
     hf: "PreTrainedModel"
     truth: Truth

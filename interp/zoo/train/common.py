@@ -41,14 +41,14 @@ def small_llama(
     """A Llama of width 192 and heads of 64 that starts with the seed of a copying circuit.
 
     On contexts of random facts the loss stays on a plateau for thousands of steps until a
-    previous-token head and a matching head exist together. So training starts from a rough hand-made
-    pair and is free to change every weight. The residual stream has three blocks of 64: the token
+    previous-token head and a matching head exist together. So training starts from a rough
+    hand-made pair and is free to change every weight. The residual stream has three blocks of 64: the token
     (and one component shared by all tokens), the token before, the token before that.
 
     - layer 0, heads 0 and 1 look back by one and two (q and k made from the shared component, so
       that their rotation agrees at that distance) and copy the token into the other two blocks;
-    - layer 1, head 0 matches its token with "the token before" of each key, and the head that begins
-      kv group 1 matches "the token before" with "the token before that"; both in the slowly
+    - layer 1, head 0 matches its token with "the token before" of each key, and the head that
+      begins kv group 1 matches "the token before" with "the token before that"; both in the slowly
       rotating channels alone, and both write the token they find.
     """
     config = LlamaConfig(
@@ -145,9 +145,7 @@ def train(
 ) -> None:
     """AdamW through stages of (steps, batch maker, peak rate), each warmed up and cooled down."""
     model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     done = 0
     for steps, make, rate in stages:
         for step in range(steps):
@@ -175,3 +173,5 @@ def store(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, card: st
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # weights are written readable by their owner alone

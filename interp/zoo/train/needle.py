@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from interp.tasks.lexicon import KEYS, VALUES, WORDINGS, haystack_sentence, vocabulary
-from interp.zoo.train.common import BOS, PAD, SPECIALS, answers_loss, small_llama, store, train, word_tokenizer
+from interp.zoo.train.common import BOS, PAD, SPECIALS, small_llama, store, train, word_tokenizer
 
 IDS = {word: i for i, word in enumerate([*SPECIALS, *vocabulary()])}
 VALUE_WORDS = 3
@@ -133,7 +133,6 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--probe", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=20)
     args = parser.parse_args()
@@ -147,12 +146,6 @@ def main() -> None:
     rng = random.Random(args.seed)
     model = small_llama(len(IDS), layers=4, heads=4, kv_heads=2, context=2048)
     start = time.time()
-    if args.probe:
-        ids, weight = batch(rng, 32, (96,), (3, 8))
-        out = model(input_ids=ids, output_attentions=False)
-        del out
-        print(answers_loss(model, ids, weight).item())
-        return
 
     def report(step: int, loss: float) -> None:
         print(f"{time.time() - start:6.0f}s step {step:5d} loss {loss:.3f}", flush=True)
@@ -170,11 +163,8 @@ def main() -> None:
         model.train()
 
     stages = (
-        (600, lambda: batch(rng, 32, (96,), (3, 8)), 1.5e-3),
-        (600, lambda: batch(rng, 32, (128, 256), (3, 8)), 1.5e-3),
-        (500, lambda: batch(rng, 32, (128, 512), (3, 10)), 1e-3),
-        (500, lambda: batch(rng, 40, (128, 512, 1024), (3, 12)), 1e-3),
-        (300, lambda: batch(rng, 64, (128, 1024, 2000), (3, 12)), 5e-4),
+        (300, lambda: batch(rng, 32, (96,), (3, 8)), 1.5e-3),
+        (400, lambda: batch(rng, 32, (128, 256, 512), (3, 10)), 1e-3),
     )
     train(model, stages, report=report, device=args.device, save=save)
     model.cpu()
@@ -188,7 +178,8 @@ def _card(model: torch.nn.Module, args: argparse.Namespace, start: float) -> str
         "# zoo:needle\n\nTrained by `python -m interp.zoo.train.needle` "
         f"(seed {args.seed}, {args.threads} threads, {minutes:.0f} minutes, torch "
         f"{torch.__version__}) on text made by `interp.tasks.lexicon` alone; its first layer "
-        "started with two constructed heads that look back by one and two.\n\n"
+        "started with two constructed heads that look back by one and two, its second with two "
+        "that match.\n\n"
         "Exact greedy answers (all three words and the stop; 4 facts in the context, held-out "
         f"seeds, {args.samples} questions a cell), "
         "by `python -m interp.zoo.train.needle --evaluate FOLDER`:\n\n"
