@@ -301,9 +301,9 @@ def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tup
                 detector.name,
                 detector.formula(model, batch, _own(detector, answers) or {}, control),
             )
-    for detector in job.detectors:
-        if isinstance(detector, DecodingDetector):
-            yield detector.name, detector.watch(model, list(job.prompts), tower=tower.name)
+    for watcher in job.detectors:
+        if isinstance(watcher, DecodingDetector):
+            yield watcher.name, watcher.watch(model, list(job.prompts), tower=tower.name)
 
 
 def _own(detector: Detector, answers: Mapping[str, Answer]) -> dict[str, torch.Tensor]:

@@ -221,5 +221,8 @@ def _stack(layers: list[Tensor]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(x.shape for x in layers), strict=True)]
     out = layers[0].new_full((len(layers), *shape), math.nan)
     for i, x in enumerate(layers):
-        out[(i, *(slice(n) for n in x.shape))] = x
+        target = out[i]
+        for dim, size in enumerate(x.shape):
+            target = target.narrow(dim, 0, size)
+        target.copy_(x)
     return out.transpose(0, 1)

@@ -157,7 +157,7 @@ def table_bytes(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> by
         if array.dtype.kind not in "biuf":
             raise InputError(f"array {name!r} must hold numbers or booleans; got {array.dtype}")
     header = json.dumps(jsonable(meta, "meta"), allow_nan=False)
-    return save(whole, metadata={_HEADER: header})
+    return bytes(save(whole, metadata={_HEADER: header}))
 
 
 def write_table(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:

@@ -100,7 +100,10 @@ def bootstrap_interval(
         for start in range(0, len(columns), width):
             part = slice(start, start + width)
             means = weights @ (defined[:, part] - centre[part])
-            ends[:, columns[part]] = centre[part] + np.quantile(means, tails, axis=0)
+            found = centre[part] + np.quantile(means, tails, axis=0)
+            # A mean lies within the data; rounding must not carry an end outside.
+            lowest, highest = defined[:, part].min(axis=0), defined[:, part].max(axis=0)
+            ends[:, columns[part]] = np.clip(found, lowest, highest)
     return ends[0], ends[1]
 
 

@@ -178,8 +178,8 @@ def describe(
             scale=scale, mask=_tensor(attention_mask, n_query), softcap=softcap,
             sinks=sinks, pattern=weights, how="pattern",
         )  # fmt: skip
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    said = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if said is None else said)
     mask = _tensor(attention_mask, n_query)
     if attention_mask is not None and mask is None:
         mask = _from_padding(attention_mask, name)
@@ -189,7 +189,7 @@ def describe(
         mask = _windowed(mask, query, key, int(window))
     return AttnCall(
         name, module, query, key, value, z,
-        scale=scale, mask=mask, causal=bool(causal) and n_query > 1, softcap=softcap, sinks=sinks,
+        scale=scale, mask=mask, causal=causal and n_query > 1, softcap=softcap, sinks=sinks,
     )  # fmt: skip
 
 

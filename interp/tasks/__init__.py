@@ -63,8 +63,8 @@ def read_like(default: Any, text: str, where: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
         if isinstance(default, tuple):
-            kind = type(default[0]) if default else str
-            return tuple(kind(x) for x in text.split(","))
+            item = type(default[0]) if default else str
+            return tuple(item(x) for x in text.split(","))
         return type(default)(text)
     except (ValueError, KeyError):
         kind = type(default).__name__

@@ -159,7 +159,8 @@ class Needle(Task):
         hay = [rng.choice(rest) for _ in range(room)]
         places = sorted((rng.randint(0, room), i) for i in range(1, len(facts)))
         places.append((round(depth * room), 0))
-        tokens, spans = list(bos), {}
+        tokens = list(bos)
+        spans: dict[str, tuple[Range, ...]] = {}
         at = 0
         decoys: list[Range] = []
         for place, i in sorted(places, key=lambda x: x[0]):

@@ -42,8 +42,8 @@ def small_llama(
 
     On contexts of random facts the loss stays on a plateau for thousands of steps until a
     previous-token head and a matching head exist together. So training starts from a rough
-    hand-made pair and is free to change every weight. The residual stream has three blocks of 64: the token
-    (and one component shared by all tokens), the token before, the token before that.
+    hand-made pair and is free to change every weight. The residual stream has three blocks of 64:
+    the token (and one component shared by all tokens), the token before, the token before that.
 
     - layer 0, heads 0 and 1 look back by one and two (q and k made from the shared component, so
       that their rotation agrees at that distance) and copy the token into the other two blocks;
