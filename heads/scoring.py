@@ -136,6 +136,36 @@ def plan(
     tower: str | None = None,
 ) -> Plan:
     """What `score` would do with the same arguments; nothing is run."""
+    stack = model.tower(tower) if tower else next(iter(model.towers.values()))
+    jobs, about = batches(
+        model, detectors, prompts, task=task, n=n, batch_size=batch_size, seed=seed
+    )
+    chosen = {d.name: d.params for job in jobs for d in job.detectors}
+    key = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.dtype),
+        "attention": _implementation(model),
+        "detectors": chosen,
+        "tasks": about,
+        "batch_size": batch_size,
+        "seed": seed,
+        "tower": stack.name,
+    }
+    return Plan(jobs, stack.name, key)
+
+
+def batches(
+    model: Model,
+    detectors: Sequence[str | Detector] | str | Detector,
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    task: Task | str | None = None,
+    n: int = 20,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> tuple[tuple[Job, ...], list[dict[str, Any]]]:
+    """The batches of a plan and what their prompts are; the model's weights are not looked at."""
     if n < 1 or batch_size < 1:
         raise InputError(f"n and batch_size must be at least 1; got {n} and {batch_size}")
     if isinstance(detectors, str | Detector):
@@ -146,7 +176,6 @@ def plan(
     names = [d.name for d in chosen]
     if len(set(names)) != len(names):
         raise InputError(f"each detector may be asked for once; got {', '.join(names)}")
-    stack = model.tower(tower) if tower else next(iter(model.towers.values()))
     jobs: list[Job] = []
     about = []
     for members, listed, what in _grouped(model, chosen, prompts, task, n, seed):
@@ -160,18 +189,7 @@ def plan(
         for at in range(0, len(ordered), batch_size):
             jobs.append(Job(len(jobs), members, tuple(ordered[at : at + batch_size])))
         about.append(what | {"prompts": _digest(listed)})
-    key = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "dtype": str(model.dtype),
-        "attention": _implementation(model),
-        "detectors": {d.name: d.params for d in chosen},
-        "tasks": about,
-        "batch_size": batch_size,
-        "seed": seed,
-        "tower": stack.name,
-    }
-    return Plan(tuple(jobs), stack.name, key)
+    return tuple(jobs), about
 
 
 def execute(

@@ -6,7 +6,7 @@ identities that all readings rest on. A failed identity is an error, unless the 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,14 +105,14 @@ def examine(
     """
     if inputs is None:
         inputs = model._example if model._example is not None else _example(model)
-    plain = _logits(model.forward(inputs))
+    plain = _outputs(model, inputs)
     watch = _Watch(model, inputs)
     with (
         model.observe_output(watch.output),
         model.observe(watch.call, columns=watch.columns),
     ):
-        read = _logits(model.forward(inputs))
-    after = _logits(model.forward(inputs))
+        read = _outputs(model, inputs)
+    after = _outputs(model, inputs)
     checks = [
         _same("output with reading equals output without, bit for bit", plain, read),
         _same("output afterwards is unchanged", plain, after),
@@ -143,18 +143,44 @@ def _example(model: "Model") -> dict[str, Tensor]:
 
 def _logits(output: Any) -> Tensor:
     """The first floating tensor of a model's output."""
-    values = output.values() if hasattr(output, "values") else output
-    for value in [output] if isinstance(output, Tensor) else values:
-        if isinstance(value, Tensor) and value.is_floating_point():
+    for value in _tensors(output):
+        if value.is_floating_point():
             return value
     raise DoctorError("the model's output holds no tensor to compare")
 
 
-def _same(name: str, a: Tensor, b: Tensor) -> Check:
-    if bool(a.isnan().any()):
+def _outputs(model: "Model", inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Every floating tensor of a model's output, caches left out.
+
+    Some models draw random numbers even in evaluation: each forward starts from the same seed,
+    and the user's generator is put back.
+    """
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        output = model.forward(inputs)
+    tensors = [x for x in _tensors(output) if x.is_floating_point() and x.numel()]
+    if not tensors:
+        raise DoctorError("the model's output holds no tensor to compare")
+    return tensors
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
+
+
+def _same(name: str, a: list[Tensor], b: list[Tensor]) -> Check:
+    if any(bool(x.isnan().any()) for x in a):
         return Check(name, None, 0.0, False, "the output holds NaN: are there NaN in the weights?")
-    worst = float((a.double() - b.double()).abs().max())
-    return Check(name, worst, 0.0, torch.equal(a, b))
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return Check(name, None, 0.0, False, "the output has another shape")
+    pairs = list(zip(a, b, strict=True))
+    # Where equal, infinities would differ by NaN.
+    worst = max(0.0 if torch.equal(x, y) else float((x - y).double().abs().max()) for x, y in pairs)
+    return Check(name, worst, 0.0, all(torch.equal(x, y) for x, y in pairs))
 
 
 class _Worst:

@@ -12,6 +12,7 @@
 Each answer says which kernel served which layer. The model's output keeps every bit.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from interp.prompts import Batch
 from interp.readings import Reading
 from interp.seam.calls import AttnCall
 from interp.seam.structure import Tower
+
+# Towers whose positions are the prompt's tokens; others attend over patches or frames.
+_TOKENS = {"text", "encoder", "cross"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,11 @@ class Collector:
     def _plan(self, n_query: int, n_key: int, *, causal: bool) -> Plan:
         key = (n_query, n_key, causal)
         if key not in self._plans:
-            self._plans[key] = compile_plan(
-                self.readings,
-                self._side(False).at(n_query),
-                self._side(True).at(n_key),
-                causal=causal,
-            )
+            sides = self._side(False).at(n_query), self._side(True).at(n_key)
+            if self.tower.name.split("-")[0] not in _TOKENS:
+                # As many patches as the prompt has tokens are still no tokens.
+                sides = Side(self.batch, n_query), Side(self.batch, n_key)
+            self._plans[key] = compile_plan(self.readings, *sides, causal=causal)
         return self._plans[key]
 
     def answers(self) -> dict[str, Answer]:
@@ -176,8 +179,21 @@ def read_with_output(
     stack = model.tower(tower) if tower else next(iter(model.towers.values()))
     collector = Collector(stack, batch, readings)
     with model.observe(collector, columns=collector.columns):
-        output = model.forward(batch.inputs())
+        output = model.forward(_inputs(model, batch))
     return collector.answers(), output
+
+
+def _inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """The inputs of a batch that the model takes: one of images alone has no use for tokens.
+
+    It may accept a token mask all the same, and then mask its patches by it.
+    """
+    inputs = batch.inputs()
+    if getattr(model.hf, "main_input_name", "input_ids") != "input_ids":
+        taken = inspect.signature(model.hf.forward).parameters
+        if "input_ids" not in taken:
+            inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
+    return inputs
 
 
 Result = tuple[Tensor, str, Tensor | None]

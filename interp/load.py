@@ -57,12 +57,12 @@ def load(
     if isinstance(source, Model):
         return source
     if isinstance(source, nn.Module):
-        if type(source).__name__ == "TransformerBridge":
-            from interp.bridge import BridgeModel
-
-            return BridgeModel(source, tokenizer=tokenizer)
         if device != "auto":
             source.to(pick_device(device))
+        if any(cls.__name__ == "TransformerBridge" for cls in type(source).__mro__):
+            from interp.bridge import BridgeModel
+
+            return BridgeModel(source.eval(), tokenizer, processor, example=example)
         name = getattr(getattr(source, "config", None), "_name_or_path", "") or (
             type(source).__name__
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from interp.errors import HeadIdError, InputError, SiteError
 from interp.headid import HeadId
 from interp.prompts import Batch, Prompt
-from interp.seam.calls import Observer
+from interp.seam.calls import InputEditor, Observer, WeightEditor
 from interp.seam.functions import watched
 from interp.seam.interface import observed
 from interp.seam.kernel import Columns
@@ -174,12 +174,21 @@ class Model:
         raise HeadIdError(f"{head} is outside this model: {self.name} has {shape}")
 
     @contextmanager
-    def observe(self, observer: Observer, *, columns: Columns | None = None) -> Iterator[None]:
+    def observe(
+        self,
+        observer: Observer,
+        *,
+        columns: Columns | None = None,
+        inputs: InputEditor | None = None,
+        weights: WeightEditor | None = None,
+    ) -> Iterator[None]:
         """Show every attention call to `observer` while the context is open.
 
         Args:
             observer: sees an `AttnCall`; may return a z that replaces the model's.
             columns: columns to append to v in the model's own kernel, where it is reached.
+            inputs: may replace q, k and v before the kernel runs.
+            weights: may replace the pattern of layers that compute it by softmax.
         """
         layers = self.structure.layers
         names = {m: n for n, m in self.hf.named_modules()}
@@ -187,7 +196,7 @@ class Model:
         with ExitStack() as stack:
             if len(rest) < len(layers):
                 known = {m: n for m, n in names.items() if n in layers}
-                stack.enter_context(observed(known, observer, columns=columns))
+                stack.enter_context(observed(known, observer, columns=columns, inputs=inputs))
             if rest:
                 stack.enter_context(
                     watched(
@@ -196,6 +205,8 @@ class Model:
                         {x.name: x.n_heads for x in rest},
                         observer,
                         columns=columns,
+                        inputs=inputs,
+                        weights=weights,
                     )
                 )
             yield

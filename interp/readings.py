@@ -30,13 +30,14 @@ class Relation(ABC):
 
 @dataclass(frozen=True)
 class Offset(Relation):
-    """Each query and the key `back` positions before it (0: itself)."""
+    """Each query and the key `back` positions before it (0: itself; −1: the next token)."""
 
     back: int = 1
 
     def pairs(self, prompt: Prompt) -> PairArray:
         """See `Relation.pairs`."""
-        query = np.arange(max(self.back, 0), len(prompt))
+        n = len(prompt)
+        query = np.arange(max(self.back, 0), min(n, n + self.back))
         return np.stack([query, query - self.back], axis=1)
 
 
@@ -61,7 +62,7 @@ class Same(Relation):
                 late, early = np.tril_indices(len(group), -1)
                 parts.append(np.stack([group[late], group[early] + self.shift], axis=1))
         pairs = np.concatenate(parts)
-        pairs = pairs[pairs[:, 1] <= pairs[:, 0]]
+        pairs = pairs[(pairs[:, 1] >= 0) & (pairs[:, 1] <= pairs[:, 0])]
         return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 

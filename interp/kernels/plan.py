@@ -198,7 +198,7 @@ def compile_plan(
             case KeyMass():
                 g = group(reading.query, reading.sample)
                 g.wants.add("keymass")
-                g.reducers[name] = _key_mass(g, causal)
+                g.reducers[name] = _key_mass(g, causal, keys.positions("all"))
             case TopKey():
                 g = group(reading.query, None)
                 g.wants.add("top")
@@ -261,7 +261,8 @@ def _ramp(side: Side) -> Tensor:
     """Columns [one, place], the place scaled to about ±1/2 so that float32 keeps its digits."""
     n = side.width
     device = side.batch.input_ids.device
-    place = (torch.arange(n, device=device) - n // 2) / n
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    place = (torch.arange(n, device=device, dtype=wide) - n // 2) / n
     return torch.stack([torch.ones_like(place), place], dim=-1).expand(len(side.batch), -1, -1)
 
 
@@ -305,7 +306,7 @@ def _distance(group: Group, at: slice, n_key: int) -> Reducer:
         per_row = []
         for x, r in zip(rows["columns"], group.rows, strict=True):
             mass, place = x[..., at.start], x[..., at.start + 1]
-            query = ((r.to(x.device) - n_key // 2) / n_key).to(x.dtype)
+            query = (r.to(x.device) - n_key // 2).to(x.dtype) / n_key
             per_row.append((query * mass - place) * n_key)
         return group.mean(per_row)
 
@@ -319,7 +320,7 @@ def _per_row(group: Group, key: str) -> Reducer:
     return reduce
 
 
-def _key_mass(group: Group, causal: bool) -> Reducer:
+def _key_mass(group: Group, causal: bool, real: list[list[int]]) -> Reducer:
     def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
         n = call.n_key
         values, errors = [], []
@@ -332,6 +333,10 @@ def _key_mass(group: Group, causal: bool) -> Reducer:
                 first = torch.zeros(n, dtype=torch.float64).index_add_(0, r, w)
                 seen = first.flip(0).cumsum(0).flip(0).to(mass)
             undefined = seen < 1e-12
+            # Padding is no key that anything could see, wherever it stands.
+            padding = torch.ones_like(undefined)
+            padding[real[b]] = False
+            undefined |= padding
             values.append((mass / seen).masked_fill(undefined, math.nan))
             if group.sample is not None:
                 se = rows["keymass_se2"][b].sqrt() / seen

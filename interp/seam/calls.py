@@ -111,7 +111,8 @@ class AttnCall:
             s = s.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is not None:
             m = self.mask[b if self.mask.shape[0] > 1 else 0]
-            m = (m[heads] if m.shape[0] > 1 else m)[:, rows, :n_keys]
+            m = (m[heads] if m.shape[0] > 1 else m).expand(-1, self.n_query, -1)
+            m = m[:, rows, :n_keys]
             if m.dtype == torch.bool:
                 s.masked_fill_(~m, MASKED)
             else:
@@ -166,5 +167,25 @@ def hide_future(s: Float[Tensor, "head query key"], rows: slice | Tensor) -> Non
         s.masked_fill_(later, MASKED)
 
 
-Observer = Callable[[AttnCall], Tensor | None]
-"""Sees each call; returns a new z of the same shape to replace the model's, or None."""
+Observer = Callable[[AttnCall], "Tensor | Edited | None"]
+"""Sees each call; returns what replaces the model's z (same shape), or None."""
+
+InputEditor = Callable[[str, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None]
+"""Given a module's name and its q, k, v (as in `AttnCall`), other q, k, v of the same shapes."""
+
+WeightEditor = Callable[[str, Tensor], Tensor | None]
+"""Given a module's name and its pattern [batch, head, query, key], another pattern."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A z that came from an edited pattern.
+
+    Attributes:
+        z: [batch, query, head, d_v].
+        pattern: [batch, head, query, key] of all heads, if another observer will read it; else
+            None.
+    """
+
+    z: Tensor
+    pattern: Tensor | None = None

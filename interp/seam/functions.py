@@ -15,17 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from interp.seam.calls import AttnCall, Observer
+from interp.seam.calls import AttnCall, Edited, InputEditor, Observer, WeightEditor
 from interp.seam.kernel import Columns, KernelTap
 
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.nn.functional.softmax}
 
 
+def is_pattern(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+) -> bool:
+    """Whether a function was a softmax over keys: [batch, head, query, key] or [batch·head, …]."""
+    if func not in _SOFTMAX or not isinstance(out, Tensor) or out.dim() not in (3, 4):
+        return False
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return dim in (-1, out.dim() - 1)
+
+
 class _Watch(TorchFunctionMode):
     """Hears `softmax` and `scaled_dot_product_attention` and says in which module they ran."""
 
-    def __init__(self, columns: Columns | None) -> None:
+    def __init__(
+        self,
+        n_heads: Mapping[str, int],
+        columns: Columns | None,
+        inputs: InputEditor | None,
+        weights: WeightEditor | None,
+    ) -> None:
         super().__init__()
+        self.n_heads, self.inputs, self.weights = n_heads, inputs, weights
         self.inside: list[str] = []
         self.columns = columns
         self.seen: dict[str, list[tuple[str, Any]]] = {}
@@ -45,6 +62,7 @@ class _Watch(TorchFunctionMode):
             # The tap goes below this mode, so the call inside it is not heard again.
             self.busy = True
             try:
+                args, kwargs = self._edited(args, kwargs)
                 with KernelTap(self.columns) as tap:
                     out = func(*args, **kwargs)
             finally:
@@ -52,9 +70,30 @@ class _Watch(TorchFunctionMode):
             self.seen.setdefault(self.inside[-1], []).append(("call", (tap, out)))
             return out
         out = func(*args, **kwargs)
-        if func in _SOFTMAX and isinstance(out, Tensor) and out.dim() in (3, 4):
+        if is_pattern(func, args, kwargs, out):
+            name = self.inside[-1]
+            if self.weights is not None:
+                whole = out if out.dim() == 4 else out.view(-1, self.n_heads[name], *out.shape[1:])
+                new = self.weights(name, whole)
+                out = out if new is None else new.view(out.shape)
             self.seen.setdefault(self.inside[-1], []).append(("pattern", out))
         return out
+
+    def _edited(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The kernel's arguments after this seam's edit of q, k and v."""
+        if self.inputs is None:
+            return args, kwargs
+        given = {**dict(zip(_QKV, args, strict=False)), **kwargs}
+        new = self.inputs(self.inside[-1], given["query"], given["key"], given["value"])
+        if new is None:
+            return args, kwargs
+        rest = {name: kwargs[name] for name in kwargs if name not in _QKV}
+        return (*new, *args[3:]), rest
+
+
+_QKV = ("query", "key", "value")
 
 
 @contextmanager
@@ -65,6 +104,8 @@ def watched(
     observer: Observer,
     *,
     columns: Columns | None = None,
+    inputs: InputEditor | None = None,
+    weights: WeightEditor | None = None,
 ) -> Iterator[None]:
     """Show the attention calls of some modules to an observer.
 
@@ -75,8 +116,10 @@ def watched(
         observer: called once per attention call, when the output projection receives z; may
             return a new z.
         columns: columns to append to v where the model's kernel is reached.
+        inputs: may replace q, k and v where the kernel is reached.
+        weights: may replace the pattern where the module computes it by softmax.
     """
-    watch = _Watch(columns)
+    watch = _Watch(n_heads, columns, inputs, weights)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -100,9 +143,10 @@ def watched(
             call = _describe(name, module, args[0], n_heads[name], heard)
             watch.busy = True
             try:
-                z = observer(call)
+                new = observer(call)
             finally:
                 watch.busy = False
+            z = new.z if isinstance(new, Edited) else new
             return None if z is None else (z.reshape(args[0].shape), *args[1:])
 
         return hook
@@ -125,13 +169,15 @@ def _describe(
 ) -> AttnCall:
     """The last thing heard in a module before its output projection, as a call."""
     kind, what = heard[-1]
-    z = z.reshape(*z.shape[:2], n_heads, -1)
     if kind == "pattern":
         if what.dim() == 3:  # [batch·head, query, key]
-            what = what.view(z.shape[0], n_heads, *what.shape[1:])
+            what = what.view(-1, n_heads, *what.shape[1:])
+        # Windows and two-dimensional images: positions of z may lie along several axes.
+        z = z.reshape(what.shape[0], what.shape[2], n_heads, -1)
         return AttnCall(name, module, None, None, None, z, pattern=what, how="pattern")
     tap, _ = what
     q, k, v, mask, causal, scale = tap.args
+    z = z.reshape(q.shape[0], q.shape[2], n_heads, -1)
     extra = None if tap.extra is None else tap.extra.transpose(1, 2)
     return AttnCall(
         name, module, q, k, v, z, scale=scale, mask=mask, causal=causal, lse=tap.lse,

@@ -17,35 +17,44 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from interp.errors import SiteError
-from interp.seam.calls import AttnCall, Observer
-from interp.seam.kernel import Columns, KernelTap
+from interp.seam.calls import AttnCall, Edited, InputEditor, Observer
+from interp.seam.kernel import Columns, KernelTap, additive
 
 _LOCK = threading.RLock()
 
 
 @contextmanager
 def observed(
-    names: Mapping[nn.Module, str], observer: Observer, *, columns: Columns | None = None
+    names: Mapping[nn.Module, str],
+    observer: Observer,
+    *,
+    columns: Columns | None = None,
+    inputs: InputEditor | None = None,
 ) -> Iterator[None]:
     """Show every attention call of some modules to an observer.
+
+    Where seams are nested, all edits of q, k and v come first, the outermost's before the inner
+    ones', so that every observer sees what the kernel receives.
 
     Args:
         names: the modules of the model and their qualified names.
         observer: called once per attention call; may return a new z.
         columns: columns to append to v in the model's own kernel; see `interp.seam.kernel`.
+        inputs: may replace q, k and v before the kernel runs.
     """
     by_id = {id(module): name for module, name in names.items()}
     opened: list[_Wrapper] = []
     try:
         with _LOCK:
             for interface, name in _used(names):
-                opened.append(_Wrapper(interface, name, by_id, observer, columns))
+                opened.append(_Wrapper(interface, name, by_id, observer, columns, inputs))
         yield
     finally:
         with _LOCK:
@@ -82,8 +91,9 @@ class _Wrapper:
         by_id: Mapping[int, str],
         observer: Observer,
         columns: Columns | None,
+        inputs: InputEditor | None,
     ) -> None:
-        self.interface, self.name = interface, name
+        self.interface, self.name, self.inputs = interface, name, inputs
         self.by_id, self.observer, self.columns = by_id, observer, columns
         self.previous = interface._local_mapping.get(name)
         self.open = True
@@ -113,11 +123,44 @@ class _Wrapper:
         name = self.by_id.get(id(module)) if self.open else None
         if name is None:
             return base(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
-        with KernelTap(self.columns) as tap:
-            out = base(module, query, key, value, attention_mask, *args, **kwargs)
+        below = _BELOW.get() == id(module)
+        if not below:
+            query, key, value = self._edited(module, query, key, value)
+        token = _BELOW.set(id(module))
+        try:
+            with KernelTap(self.columns) as tap:
+                out = base(module, query, key, value, attention_mask, *args, **kwargs)
+        finally:
+            _BELOW.reset(token)
         call = describe(name, module, query, key, value, attention_mask, kwargs, out, tap)
-        z = self.observer(call)
-        return tuple(out) if z is None else (z, *out[1:])
+        new = self.observer(call)
+        if isinstance(new, Edited):
+            z = new.z.reshape(out[0].shape)
+            return _EditedOutput((z, new.pattern if below else None, *out[2:]))
+        return out if new is None else type(out)((new.reshape(out[0].shape), *out[1:]))
+
+    def _edited(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v after every open seam of this module, the outermost first."""
+        if isinstance(self.previous, _Wrapper):
+            q, k, v = self.previous._edited(module, q, k, v)
+        name = self.by_id.get(id(module)) if self.open else None
+        new = self.inputs(name, q, k, v) if self.inputs is not None and name is not None else None
+        return (q, k, v) if new is None else new
+
+
+class _EditedOutput(tuple[Any, ...]):
+    """What a wrapper returns whose observer edited the pattern: z and perhaps that pattern."""
+
+
+_BELOW: "ContextVar[int | None]" = ContextVar("headscope_inner_wrapper", default=None)
+"""The module whose call is on its way down the chain of wrappers."""
+
+
+def reader_above(module: nn.Module) -> bool:
+    """Whether an observer further out will read the call that an observer is looking at."""
+    return _BELOW.get() == id(module)
 
 
 def _original(
@@ -151,6 +194,8 @@ def describe(
     n_query, n_heads = query.shape[2], query.shape[1]
     if z.dim() == 3:
         z = z.view(*z.shape[:2], n_heads, -1)
+    if isinstance(out, _EditedOutput):
+        return AttnCall(name, module, query, key, value, z, pattern=out[1], how="pattern")
     if tap.args is not None:
         _, seen_k, _, mask, causal, scale = tap.args
         n_key = seen_k.shape[2]
@@ -173,6 +218,13 @@ def describe(
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     weights = out[1] if len(out) > 1 else None
     if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2] == n_query:
+        sinks = kwargs.get("sinks") if sinks is None else sinks
+    if (
+        isinstance(weights, Tensor)
+        and weights.dim() == 4
+        and weights.shape[-2] == n_query
+        and not _lacks_sink(weights, sinks)
+    ):
         return AttnCall(
             name, module, query, key, value, z,
             scale=scale, mask=_tensor(attention_mask, n_query), softcap=softcap,
@@ -185,12 +237,22 @@ def describe(
         mask = _from_padding(attention_mask, name)
     elif mask is not None:
         causal = False
-    if (window := kwargs.get("sliding_window")) is not None and attention_mask is not mask:
-        mask = _windowed(mask, query, key, int(window))
+    if mask is None or mask is not attention_mask:
+        mask, causal = _by_argument(mask, query, key, causal, kwargs.get("sliding_window"))
+    if isinstance(bias := kwargs.get("position_bias"), Tensor):
+        hidden = additive(mask, bias.dtype)
+        mask = bias if hidden is None else bias + hidden
     return AttnCall(
         name, module, query, key, value, z,
         scale=scale, mask=mask, causal=causal and n_query > 1, softcap=softcap, sinks=sinks,
     )  # fmt: skip
+
+
+def _lacks_sink(weights: Tensor, sinks: Tensor | None) -> bool:
+    """Whether weights were returned as before the sink, which some models apply to z alone."""
+    if sinks is None or sinks.dim() != 1:
+        return False
+    return bool(weights.float().sum(-1).sub(1).abs().lt(1e-6).all())
 
 
 def _tensor(mask: Any, n_query: int) -> Tensor | None:
@@ -207,11 +269,20 @@ def _from_padding(mask: Any, name: str) -> Tensor:
     )
 
 
-def _windowed(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor:
-    """Flash implementations window by an argument: the same as a mask, for the rows at hand."""
+def _by_argument(
+    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: Any
+) -> tuple[Tensor | None, bool]:
+    """Flash implementations take causality and window by argument, counted from the last key."""
     import torch
 
-    i = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)
-    near = (i[:, None] - torch.arange(key.shape[2], device=key.device)[None]) < window
+    n_query, n_key = query.shape[2], key.shape[2]
+    cached = causal and 1 < n_query < n_key
+    if window is None and not cached:
+        return mask, causal
+    i = torch.arange(n_key - n_query, n_key, device=key.device)[:, None]
+    j = torch.arange(n_key, device=key.device)[None]
+    near = (i - j).abs() < int(window) if window is not None else i >= j
+    if cached:
+        near = near & (i >= j)
     near = near[None, None]
-    return near if mask is None else mask & near
+    return (near if mask is None else mask & near), causal and not cached

@@ -6,6 +6,7 @@ norm stands between, and whatever the projection is called. Modules that look li
 are not reached are named, never silently skipped.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from interp.errors import UnsupportedModelError
 from interp.headid import DEFAULT_TOWER, HeadId
 from interp.seam.calls import AttnCall
-from interp.seam.functions import _SOFTMAX
+from interp.seam.functions import is_pattern
 from interp.seam.interface import observed
 
 
@@ -117,6 +118,8 @@ class _Found:
     sinks: bool = False
     calls: int = 0
     leaf: Tensor | None = None
+    n_query: int = 0
+    places: int = 0
     projection: str = ""
 
 
@@ -142,7 +145,10 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
             ),
         )  # fmt: skip
         entry.calls += 1
-        entry.leaf = leaf
+        if torch.is_grad_enabled():  # recurrent models run all rounds but the last without
+            entry.leaf, entry.n_query = leaf, call.n_query
+            # Windows: the projection receives the positions of all calls at once.
+            entry.places += leaf.shape[0] * leaf.shape[1]
         return leaf
 
     with torch.enable_grad(), _projections(model, names, found), observed(names, observer):
@@ -153,7 +159,8 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
         if _looks_like_attention(module) and not any(_related(name, other) for other in found)
     }
     if rest:
-        with torch.enable_grad(), _projections(model, names, found), _listen(rest, found):
+        size = len(next(iter(inputs.values())))
+        with torch.enable_grad(), _projections(model, names, found), _listen(rest, found, size):
             model(**inputs)
     unreached = {name: type(module).__name__ for module, name in rest.items() if name not in found}
     lost = [name for name, entry in found.items() if not entry.projection]
@@ -236,11 +243,14 @@ def _projections(
             )
             if grad is None:
                 continue
-            # An input of another width mixes heads already: then there is no per-head site.
-            fits = args[0].shape[-1] == entry.n_heads * entry.d_v or not entry.d_v
+            # An input of another width mixes heads already: then there is no per-head site. One
+            # of another length mixes positions, or has them before the batch.
+            width, places = args[0].shape[-1], math.prod(args[0].shape[:-1])
+            d_v = entry.d_v or width // entry.n_heads
+            fits = width == entry.n_heads * d_v and places == entry.places
+            fits = fits and (args[0].dim() != 3 or args[0].shape[1] in (entry.n_query, places))
             entry.projection = names[module] if fits else ""
-            if not entry.d_v:
-                entry.d_v = args[0].shape[-1] // entry.n_heads
+            entry.d_v = d_v
             entry.leaf = None
 
     with ExitStack() as stack:
@@ -251,17 +261,20 @@ def _projections(
 
 
 @contextmanager
-def _listen(rest: Mapping[nn.Module, str], found: dict[str, _Found]) -> Iterator[None]:
+def _listen(
+    rest: Mapping[nn.Module, str], found: dict[str, _Found], batch: int
+) -> Iterator[None]:
     """Find out which of the modules compute attention by softmax or SDPA inside them."""
     from torch.overrides import TorchFunctionMode
 
     inside: list[str] = []
+    by_name = {name: module for module, name in rest.items()}
 
     def note(
         name: str, out: Tensor, q: Tensor | None, k: Tensor | None, cross: bool, causal: bool
     ) -> Tensor:
         leaf = out.detach().requires_grad_()
-        n_heads = out.shape[1] if out.dim() == 4 else 0
+        n_heads = out.shape[1] if out.dim() == 4 else _folded_heads(by_name[name], out, batch)
         d_qk = None if q is None else q.shape[-1]
         entry = found.setdefault(
             name,
@@ -272,6 +285,8 @@ def _listen(rest: Mapping[nn.Module, str], found: dict[str, _Found]) -> Iterator
         )  # fmt: skip
         entry.calls += 1
         entry.leaf = leaf
+        entry.n_query = out.shape[-2]
+        entry.places += math.prod(out.shape[:-1]) // entry.n_heads
         return leaf
 
     class Ear(TorchFunctionMode):
@@ -289,9 +304,9 @@ def _listen(rest: Mapping[nn.Module, str], found: dict[str, _Found]) -> Iterator
                     bool(seen.get("is_causal")), seen.get("attn_mask"), None, q.shape[2], k.shape[2]
                 )
                 return note(inside[-1], out, q, k, cross, causal)
-            if func in _SOFTMAX and out.dim() == 4:
+            if is_pattern(func, args, kwargs or {}, out):
                 cross = _is_cross(inside[-1], out.shape[-2], out.shape[-1])
-                causal = _is_causal(False, None, out, *out.shape[-2:])
+                causal = _is_causal(False, None, out, out.shape[-2], out.shape[-1])
                 return note(inside[-1], out, None, None, cross, causal)
             return out
 
@@ -309,10 +324,19 @@ def _listen(rest: Mapping[nn.Module, str], found: dict[str, _Found]) -> Iterator
         yield
 
 
+def _folded_heads(module: nn.Module, pattern: Tensor, batch: int) -> int:
+    """Heads of a pattern [batch·head, query, key]: as the module says, else by the batch."""
+    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
+        said = getattr(module, name, None)
+        if isinstance(said, int) and said > 0 and pattern.shape[0] % said == 0:
+            return said
+    return max(1, pattern.shape[0] // batch)
+
+
 def _towers(model: nn.Module, found: Mapping[str, _Found]) -> dict[str, Tower]:
     stacks: dict[tuple[str, bool], list[str]] = {}
     for name in (n for n, _ in model.named_modules() if n in found):
-        stacks.setdefault((_stack_of(model, name), found[name].cross), []).append(name)
+        stacks.setdefault((stack_of(model, name), found[name].cross), []).append(name)
     towers: dict[str, Tower] = {}
     for (stack, cross), members in stacks.items():
         tower = _tower_name(model, stack, cross)
@@ -336,7 +360,7 @@ def _towers(model: nn.Module, found: Mapping[str, _Found]) -> dict[str, Tower]:
     return dict(sorted(towers.items(), key=lambda item: item[0] != DEFAULT_TOWER))
 
 
-def _stack_of(model: nn.Module, name: str) -> str:
+def stack_of(model: nn.Module, name: str) -> str:
     """The outermost list of layers that holds a module, or the module's parent."""
     parts = name.split(".")
     for i in range(1, len(parts)):
@@ -365,9 +389,9 @@ def _tower_name(model: nn.Module, stack: str, cross: bool) -> str:
         return "vision"
     if re.search(r"audio|speech", stack):
         return "audio"
+    if main in ("input_features", "input_values") and "decoder" not in stack:
+        return "audio"  # before `encoder`: its positions are frames, not the prompt's tokens
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and re.search(r"\bencoder\b", stack):
         return "encoder"
-    if main in ("input_features", "input_values") and "decoder" not in stack:
-        return "audio"
     return DEFAULT_TOWER

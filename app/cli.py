@@ -1,0 +1,89 @@
+"""The command `headscope`.
+
+Data goes to stdout and nothing else does; progress, hints and errors go to stderr. Each command is
+a file of its own and imports what is heavy when it runs, so that help and mistakes are quick.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from app.exits import INTERRUPTED, USAGE, code_of, explain, say
+from app.lists import listing
+from app.medic import doctor
+from app.rank import rank
+from app.saved import compare, show
+
+app = typer.Typer(
+    name="headscope",
+    help="Find what each attention head of a transformer does.",
+    no_args_is_help=True,
+    # Plain help and one-line errors: the same on a terminal, in a pipe and in the docs.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("rank")(rank)
+app.command("show")(show)
+app.command("compare")(compare)
+app.command("list")(listing)
+app.command("doctor")(doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"headscope {version('headscope')}")
+        except PackageNotFoundError:
+            print("headscope, run from a checkout that is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Find what each attention head of a transformer does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; see `app.exits`.
+
+    Args:
+        argv: the arguments after the program's name; those of the process if None.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:
+                # Those of libraries: they are not for the people who run a command.
+                warnings.simplefilter("ignore")
+                os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            result = app(args=args, prog_name="headscope", standalone_mode=False, obj=args)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else USAGE
+    except Exception as error:  # noqa: BLE001 - the outermost place: every error gets its line
+        said = getattr(error, "format_message", None)
+        if said is not None:  # typer's own, of whichever version: a mistake in the arguments
+            command = getattr(getattr(error, "ctx", None), "command_path", "headscope")
+            if said():
+                say(said(), label="error", hint=f"{command} --help")
+            return USAGE
+        explain(error, debug=debug)
+        return code_of(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Where runs lie: the folder of a new one, and the folder that a name means."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from interp.errors import RunError
+
+BASE = "HEADSCOPE_RUNS"
+"""Environment variable that names another place than `runs/`."""
+
+
+def base() -> Path:
+    """The folder of all runs."""
+    return Path(os.environ.get(BASE) or "runs")
+
+
+def folder_for(detectors: Iterable[str], model: str, key: Mapping[str, Any]) -> Path:
+    """The folder of a run: readable, and the same for the same key."""
+    from interp.run import content_key
+    from interp.scoreio import file_stem
+
+    words = [*detectors, file_stem(model.rstrip("/").rpartition("/")[2].removeprefix("zoo:"))]
+    return base() / f"{'-'.join(words)[:80].strip('-.')}-{content_key(key)[:10]}"
+
+
+def find(run: Path) -> Path:
+    """The folder or file that a command line names: a path, or a name under `runs/`.
+
+    Raises:
+        RunError: there is neither.
+    """
+    for place in (run, base() / run):
+        if place.exists():
+            return place
+    names = sorted(p.name for p in base().iterdir()) if base().is_dir() else []
+    import difflib
+
+    near = difflib.get_close_matches(run.name, names, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "headscope rank makes one"
+    raise RunError(f"there is no run {str(run)!r}, here or in {base()}/", hint=hint) from (
+        FileNotFoundError(str(run))
+    )

@@ -1,0 +1,236 @@
+"""`headscope rank`: score every head of a model and rank them."""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app import options as o
+from app import params
+from app.catalog import check
+from app.exits import INTERRUPTED, UsageError, say
+from app.loading import Source, waiting
+from app.tables import Format, Table, write
+from interp.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from heads.detector import Detector
+    from heads.scoring import Plan
+    from interp.model import Model
+    from interp.promptfile import Line
+    from interp.prompts import Prompt
+    from interp.run import Run
+    from interp.scores import HeadScores
+    from interp.tasks import Task
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, checked as far as it can be without a model."""
+
+    source: Source
+    detectors: Sequence[str]
+    task: str | None
+    lines: "Sequence[Line] | None"
+    params: params.Params
+    n: int
+    batch_size: int
+    seed: int
+    tower: str | None
+    command: str
+
+
+def rank(
+    context: typer.Context,
+    detectors: Annotated[
+        list[str], typer.Argument(metavar="DETECTOR...", help="One or more; see list detectors.")
+    ],
+    model: o.Model = o.DEFAULT_MODEL,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="Task for all; each its own if absent.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", "-p", allow_dash=True, help="Own prompts: text or JSONL file, - is stdin."
+        ),
+    ] = None,
+    top: o.Top = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run; in runs/ if absent.")
+    ] = None,
+    save: Annotated[bool, typer.Option(help="Keep a run, so that it can go on.")] = True,
+    format: o.Formatted = Format.auto,
+    n: Annotated[int, typer.Option(min=1, help="Prompts of a task.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of tasks and controls.")] = 0,
+    tower: Annotated[
+        str | None, typer.Option(help="Tower to score; the model's first if absent.")
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:KEY=VALUE of a detector or task; may be given often."),
+    ] = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take; tokens, memory, time.")
+    ] = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Score every head of a model and rank them.
+
+    Several detectors share one pass where they use the same prompts. Finished batches are kept:
+    the same command goes on where it was stopped, and is answered from the run once that is
+    complete.
+    """
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    _check(source, detectors, task, prompts)
+    request = Request(
+        source,
+        detectors,
+        task,
+        _lines(prompts),
+        params.read(param or (), detectors, task),
+        n,
+        batch_size,
+        seed,
+        tower,
+        shlex.join(["headscope", *(context.obj or ())]),
+    )
+    if dry_run:
+        from app.estimate import estimate
+
+        estimate(request, format=format, quiet=quiet)
+        return
+    answer = _answer(request, save=save, out=out, top=top, quiet=quiet)
+    drawn = write(answer, format)
+    if not drawn and not quiet:
+        for part in answer.parts:
+            say(f"{part.title}: {part.note}")
+
+
+def _check(
+    source: Source, detectors: Sequence[str], task: str | None, prompts: Path | None
+) -> None:
+    """Refuse names that do not exist before anything slow begins."""
+    for name in detectors:
+        check("detector", name)
+    if len(set(detectors)) != len(detectors):
+        raise UsageError(f"each detector may be asked for once; got {', '.join(detectors)}")
+    if task is not None:
+        check("task", task)
+        if prompts is not None:
+            raise UsageError("--prompts and --task exclude each other; got both")
+    source.check()
+
+
+def _lines(prompts: Path | None) -> "Sequence[Line] | None":
+    if prompts is None:
+        return None
+    from interp.promptfile import read_file
+
+    return read_file(prompts)
+
+
+def prepared(
+    request: Request, model: "Model"
+) -> "tuple[list[Detector], list[Prompt] | None, Task | None]":
+    """Detectors, own prompts and task of a request, for a model."""
+    from interp.promptfile import to_prompts
+
+    made = params.detectors_of(request.detectors, request.params)
+    if request.lines is not None:
+        return made, to_prompts(request.lines, model), None
+    return made, None, params.task_of(request.task, made, request.params)
+
+
+def _answer(
+    request: Request, *, save: bool, out: Path | None, top: int | None, quiet: bool
+) -> Table:
+    from app.headtable import head_table
+
+    model = request.source.load(quiet=quiet)
+    with waiting("making prompts", quiet=quiet):
+        from heads.scoring import plan
+
+        if request.tower is not None and request.tower not in model.towers:
+            raise UnknownNameError(f"tower of {model.name}", request.tower, model.towers)
+        made, prompts, task = prepared(request, model)
+        planned = plan(
+            model, made, prompts, task=task, n=request.n, batch_size=request.batch_size,
+            seed=request.seed, tower=request.tower,
+        )  # fmt: skip
+    if not save:
+        return head_table(_compute(model, planned, None, request, quiet=quiet), top=top)
+    run = _open(request, planned, out)
+    with run:
+        if run.status == "complete":
+            scores: Mapping[str, HeadScores] = run.scores
+            news = f"answered from the saved run {run.folder}; nothing was computed"
+        else:
+            if run.finished and not quiet:
+                say(f"going on with {run.folder}: {_counted(run, planned)} are finished")
+            scores = _compute(model, planned, run, request, quiet=quiet)
+            news = f"saved: {run.folder}"
+    if not quiet:
+        say(news)
+    return head_table({name: scores[name] for name in request.detectors}, run=run, top=top)
+
+
+def _open(request: Request, planned: "Plan", out: Path | None) -> "Run":
+    from app.folders import folder_for
+    from interp.run import Run
+
+    folder = out or folder_for(request.detectors, request.source.name, planned.key)
+    return Run.open_or_create(folder, planned.key, _about(request, planned))
+
+
+def _about(request: Request, planned: "Plan") -> dict[str, Any]:
+    import platform
+
+    return {
+        "command": request.command,
+        "model": request.source.name,
+        "revision": request.source.revision,
+        "task": request.task,
+        "seed": request.seed,
+        "batches": len(planned.jobs),
+        "tokens": planned.tokens,
+        "python": platform.python_version(),
+    }
+
+
+def _compute(
+    model: "Model", planned: "Plan", run: "Run | None", request: Request, *, quiet: bool
+) -> "Mapping[str, HeadScores]":
+    from app.progress import progress
+    from heads.scoring import execute
+
+    finished = run.finished if run is not None else frozenset()
+    done = sum(job.tokens for job in planned.jobs if job.index in finished)
+    try:
+        with progress(planned.tokens, done, quiet=quiet) as report:
+            with contextlib.redirect_stdout(sys.stderr):
+                return execute(model, planned, run=run, seed=request.seed, progress=report)
+    except KeyboardInterrupt:
+        if run is None:
+            say("interrupted; nothing was saved", hint="without --no-save it could go on")
+        else:
+            say(f"interrupted: {_counted(run, planned)} are saved in {run.folder}",
+                hint=f"the same command goes on: {request.command}")  # fmt: skip
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _counted(run: "Run", planned: "Plan") -> str:
+    return f"{len(run.finished)} of {len(planned.jobs)} batches"

@@ -1,0 +1,135 @@
+"""`headscope show` and `headscope compare`: runs that are there, read without torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app import options as o
+from app.exits import UsageError
+from app.tables import Format, Part, Table, write
+from interp.errors import RunError, UnknownNameError
+
+if TYPE_CHECKING:
+    from interp.run import Run
+    from interp.scores import HeadScores
+
+Detector = Annotated[
+    str | None, typer.Option("--detector", "-d", help="Only this detector; all if absent.")
+]
+
+
+def show(
+    run: o.Folder,
+    detector: Detector = None,
+    top: o.Top = None,
+    format: o.Formatted = Format.auto,
+    debug: o.Debug = False,
+) -> None:
+    """Show the scores of a saved run."""
+    from app.headtable import head_table
+
+    scores, opened = _tables(run)
+    if detector is not None:
+        scores = {detector: _chosen(scores, detector)}
+    write(head_table(scores, run=opened, top=top), format)
+
+
+def compare(
+    base: o.Folder,
+    other: o.Folder,
+    detector: Detector = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Size of the top sets; a tenth of the heads if absent")
+    ] = None,
+    format: o.Formatted = Format.auto,
+    debug: o.Debug = False,
+) -> None:
+    """Compare two runs, chance corrected.
+
+    Rank correlation of the scores, and overlap of the top heads beyond chance. Tables of the same
+    detector are compared; two files of scores, or two runs of one detector each, are compared
+    whatever their detectors are.
+    """
+    mine, theirs = _tables(base)[0], _tables(other)[0]
+    pairs = [(mine[name], theirs[name]) for name in mine if name in theirs]
+    if detector is not None:
+        pairs = [(_chosen(mine, detector), _chosen(theirs, detector))]
+    elif not pairs and len(mine) == len(theirs) == 1:
+        pairs = list(zip(mine.values(), theirs.values(), strict=True))
+    if not pairs:
+        raise UsageError(
+            f"runs to compare must share a detector; they have {', '.join(mine)} and "
+            f"{', '.join(theirs)}",
+            hint="name two files of scores: RUN/scores/DETECTOR.safetensors",
+        )
+    parts, rows = [], []
+    for a, b in pairs:
+        found = a.compare(b, k=top)
+        rows.append(_summary(found))
+        parts.append(_differences(found, a, b))
+    columns = ("base", "other", "heads", "spearman", "k", "shared", "expected", "p", "corrected")
+    title = "agreement; corrected is 0 at chance and 1 for equal top sets"
+    about = {"differences": {part.title: list(part.rows) for part in parts}}
+    write(Table("headscope.compare", columns, [Part(title, rows)], about, limit=None), format)
+
+
+def _summary(found: Any) -> dict[str, Any]:
+    o = found.overlap
+    return {
+        "base": found.base,
+        "other": found.other,
+        "heads": len(found.heads),
+        "spearman": found.spearman,
+        "k": found.k,
+        "shared": o.shared,
+        "expected": o.expected,
+        "p": o.p,
+        "corrected": o.corrected,
+    }
+
+
+def _differences(found: Any, base: "HeadScores", other: "HeadScores") -> Part:
+    """Heads in their order, with the score in each table and the difference."""
+    place = {head: i for i, head in enumerate(other.heads)}
+    rows = [
+        {
+            "head": str(head),
+            "base": float(base.values[i]),
+            "other": float(other.values[place[head]]),
+            "difference": float(found.differences[i]),
+        }
+        for i, head in enumerate(found.heads)
+    ]
+    return Part(f"{found.base} / {found.other}", rows)
+
+
+def _tables(place: Path) -> "tuple[dict[str, HeadScores], Run | None]":
+    """The tables of a run, or of one file of scores.
+
+    Raises:
+        RunError: there is none, it is damaged, or it is not complete.
+    """
+    from app.folders import find
+    from interp.run import Run
+    from interp.scores import HeadScores
+
+    path = find(place)
+    if path.is_file():
+        table = HeadScores.load(path)
+        return {table.detector: table}, None
+    run = Run.load(path)
+    if run.status != "complete":
+        total = run.info.get("batches", "?")
+        raise RunError(
+            f"a run must be complete to be shown; {path} is {run.status}, with "
+            f"{len(run.finished)} of {total} batches",
+            hint=f"go on with: {run.info.get('command', 'the command that began it')}",
+        )
+    return run.scores, run
+
+
+def _chosen(scores: "dict[str, HeadScores]", detector: str) -> "HeadScores":
+    if detector not in scores:
+        raise UnknownNameError("table of scores in this run", detector, scores)
+    return scores[detector]

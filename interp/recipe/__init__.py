@@ -1,0 +1,34 @@
+"""Interventions as values: where, what, how much; see `interp.recipe.recipe`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interp.recipe.edit import Edit as Edit
+    from interp.recipe.ops import OPS as OPS
+    from interp.recipe.recipe import Recipe as Recipe
+    from interp.recipe.when import Gate as Gate
+    from interp.recipe.when import Schedule as Schedule
+    from interp.recipe.where import Positions as Positions
+    from interp.recipe.where import Where as Where
+    from interp.recipe.where import span as span
+
+_HOMES = {
+    "Edit": "interp.recipe.edit",
+    "Gate": "interp.recipe.when",
+    "OPS": "interp.recipe.ops",
+    "Positions": "interp.recipe.where",
+    "Recipe": "interp.recipe.recipe",
+    "Schedule": "interp.recipe.when",
+    "Where": "interp.recipe.where",
+    "span": "interp.recipe.where",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'interp.recipe' has no attribute {name!r}")
