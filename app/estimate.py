@@ -55,7 +55,7 @@ def estimate(request: "Request", *, format: Format, quiet: bool) -> None:
     from heads.scoring import batches
 
     with waiting("estimating", quiet=quiet):
-        from interp.load import pick_device
+        from interp.loading import pick_device
 
         device = pick_device(request.source.device)
         model = _outline(request.source)

@@ -18,11 +18,9 @@ def base() -> Path:
 
 def folder_for(detectors: Iterable[str], model: str, key: Mapping[str, Any]) -> Path:
     """The folder of a run: readable, and the same for the same key."""
-    from interp.run import content_key
-    from interp.scoreio import file_stem
+    from interp.run import default_folder
 
-    words = [*detectors, file_stem(model.rstrip("/").rpartition("/")[2].removeprefix("zoo:"))]
-    return base() / f"{'-'.join(words)[:80].strip('-.')}-{content_key(key)[:10]}"
+    return default_folder(base(), {**key, "detectors": list(detectors), "model": model})
 
 
 def find(run: Path) -> Path:

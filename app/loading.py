@@ -46,7 +46,7 @@ class Source:
         """
         self.check()
         with waiting(f"loading {self.name}", quiet=quiet):
-            from interp.load import load
+            from interp.loading import load
 
             _hush()
             try:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from app.tables import Format
-from interp.load import DTYPES
+from interp.loading import DTYPES
 
 
 def _dtype(value: str) -> str:

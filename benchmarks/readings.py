@@ -117,7 +117,7 @@ def way(name: str, shape: str, layers: int, length: int) -> Callable[[], torch.T
         return peer(name, shape, layers, length)
     model = load(make(shape, layers, length))
     batch = Batch.of([prompt(length)])
-    model.structure  # noqa: B018 - found once per model, not once per forward
+    model.structure
     if name == "bare":
         return lambda: bare(model, batch)
     if name == "seam":

@@ -41,8 +41,9 @@ class Outcome:
     """What became of one model type.
 
     Attributes:
-        status: `pass`, `fail` (an identity does not hold), `unreached` (built, but no attention
-            that a backend reaches), `none` (the model has no attention), `unbuilt` or `crash`.
+        status: `pass`; `fail`: an identity does not hold; `unreached`: attention that no backend
+            reaches; `none`: nothing that looks like attention; `unbuilt`: no tiny model;
+            `unfed`: no example input; `crash`: an error on the way.
         towers: name, layers with attention, layers, heads, how reached.
         reason: for all but `pass`, why, in one line.
         partly: attention-like modules of a passing model that are not read.
@@ -84,7 +85,13 @@ def examine(model_type: str) -> Outcome:
         with torch.no_grad():
             towers = model.towers
         out.towers = [
-            (t.name, len(t.layers), t.n_layers, t.n_heads, "+".join(sorted({x.reached for x in t.layers})))
+            (
+                t.name,
+                len(t.layers),
+                t.n_layers,
+                t.n_heads,
+                "+".join(sorted({x.reached for x in t.layers})),
+            )
             for t in towers.values()
         ]
         out.category = category(model)
@@ -99,6 +106,8 @@ def examine(model_type: str) -> Outcome:
         out.status, out.reason = "unreached", _line(error)
         if "look like it: none" in out.reason:
             out.status = "none"
+        if "no example" in out.reason:
+            out.status = "unfed"
     except Exception as error:
         out.status, out.reason = "crash", _line(error)
     out.seconds = time.perf_counter() - start
@@ -110,7 +119,10 @@ def _line(error: BaseException) -> str:
 
     at = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text} ({Path(at.filename).name}:{at.name})"
+    where = Path(at.filename).name
+    if where in ("structure.py", "example.py"):
+        return text
+    return f"{type(error).__name__}: {text} ({where}:{at.name})"
 
 
 def category(model: Any) -> str:
@@ -152,9 +164,7 @@ def bits_equal(model: Any) -> tuple[bool, str]:
         batch = Batch.of([Prompt(tuple(row)) for row in ids.tolist()])
         # Patches of an image have no "token before": relations are the text's.
         relevant = {
-            n: r
-            for n, r in readings.items()
-            if n != "pairs" or tower.name in ("text", "encoder")
+            n: r for n, r in readings.items() if n != "pairs" or tower.name in ("text", "encoder")
         }
         collector = Collector(tower, batch, relevant)
 
@@ -277,18 +287,149 @@ def _row(o: Outcome, n: int, total: int) -> str:
     return f"{n:>4}/{total} {o.status:<9} {o.type:<28} {o.seconds:5.1f}s {towers} {o.reason}"[:260]
 
 
+TITLES = {
+    "decoder": "Decoders",
+    "encoder": "Encoders",
+    "encoder-decoder": "Encoder-decoders",
+    "vision-language": "Vision and language",
+    "vision": "Vision",
+    "audio": "Audio",
+}
+OTHERS = {
+    "fail": "An identity does not hold",
+    "unreached": "Attention that is not reached",
+    "crash": "An error on the way",
+    "unfed": "No example input could be made",
+    "unbuilt": "No tiny model could be built",
+    "none": "Nothing that looks like attention",
+}
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """The outcomes as `docs/architectures.md`."""
+    import torch
+    import transformers
+
+    from benchmarks.tiny_overrides import REASONS
+
+    good = [o for o in outcomes if o.status == "pass"]
+    counts = Counter(o.status for o in outcomes)
+    families = {o.family for o in good}
+    examined = counts["pass"] + counts["fail"] + counts["unreached"] + counts["crash"]
+    lines = [
+        "# Architectures",
+        "",
+        f"Of the {len(outcomes)} model types that the auto classes of transformers "
+        f"{transformers.__version__} name, {examined} could be built tiny and given an input on "
+        f"this machine and have attention. **{len(good)} of these pass** ({len(families)} model "
+        "families, with their text and vision towers where those are types of their own), without "
+        "code of ours for any of them.",
+        "",
+        "A type passes if, on a model with random weights,",
+        "",
+        "1. every tensor of the output with all readings of every tower installed equals the "
+        "output without, bit for bit, and",
+        "2. `interp.load(model).doctor()` passes: each attention layer called as often as "
+        "expected, rows summing to one (or to at most one, with learned sinks), pattern @ v equal "
+        "to z, heads through W_O equal to the attention output, no mass on later tokens or on "
+        "padding, log-sum-exp and appended columns equal to the recomputed ones.",
+        "",
+        "Real weights are larger, not of another kind; `headscope doctor --model M` makes the same "
+        "checks on them. Layers reached by `interface` are seen at the function that transformers "
+        "looks up by name; those reached by `functions` compute attention inside their own module, "
+        "and where they do it by `softmax` only the pattern is seen, so that pattern @ v cannot be "
+        "compared with z.",
+        "",
+        f"Made by `python benchmarks/seam.py --write` with torch {torch.__version__} and "
+        f"transformers {transformers.__version__} on a CPU. Not to be edited by hand.",
+        "",
+        "| | types |",
+        "|---|---|",
+        *(f"| {TITLES[c]} | {sum(o.category == c for o in good)} |" for c in CATEGORIES),
+        f"| **pass** | **{len(good)}** |",
+        *(f"| {title} | {counts[s]} |" for s, title in OTHERS.items() if counts[s]),
+        "",
+    ]
+    for category in CATEGORIES:
+        rows = [o for o in good if o.category == category]
+        lines += [
+            f"## {TITLES[category]}",
+            "",
+            "Towers are given as layers × heads; k/n layers means that k of n have attention.",
+            "",
+            "| type | class | towers | reached by | worst deviation |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {o.type} | {o.cls} | {_towers(o)} | "
+                f"{', '.join(sorted({t[4] for t in o.towers}))} | {o.worst or 0:.0e} |"
+                for o in rows
+            ),
+            "",
+        ]
+    partly = [o for o in good if o.partly]
+    lines += [
+        "## Passing, but not wholly read",
+        "",
+        "These modules of passing models look like attention and are not read. The model says so "
+        "itself, in `model.structure.unreached` and in the doctor's report. Some are reached when "
+        "the input has the sound or video that the example lacks; linear attention and pooling "
+        "by `nn.MultiheadAttention` are not.",
+        "",
+        "| type | not read |",
+        "|---|---|",
+        *(f"| {o.type} | {', '.join(o.partly)}{_because(o, REASONS)} |" for o in partly),
+        "",
+        "# Not passing",
+        "",
+    ]
+    for status, title in OTHERS.items():
+        rows = [o for o in outcomes if o.status == status]
+        if not rows:
+            continue
+        lines += [f"## {title}", "", "| type | class | reason |", "|---|---|---|"]
+        for o in rows:
+            reason = REASONS.get(o.type) or _short(o.reason)
+            lines.append(f"| {o.type} | {o.cls} | {reason} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _because(o: Outcome, reasons: dict[str, str]) -> str:
+    return f": {reasons[o.type]}" if o.type in reasons else ""
+
+
+def _towers(o: Outcome) -> str:
+    return ", ".join(
+        f"{name} {n if k == n else f'{k}/{n}'}×{heads}" for name, k, n, heads, _ in o.towers
+    )
+
+
+def _short(reason: str) -> str:
+    """A reason for one cell of a table."""
+    if "requires the" in reason and "library" in reason:
+        return (
+            "needs a package that is not installed: " + reason.split("requires the ")[1].split()[0]
+        )
+    if "look like it: none" in reason:
+        return "no attention"
+    cut = reason.split("first met ")[-1].replace("|", "\\|")
+    return cut if len(cut) <= 160 else cut[:157] + "…"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
     parser.add_argument("--only", default="", help="model types, separated by commas")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=60)
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for one type")
     parser.add_argument("--json", default="", help="also write the outcomes to this file")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         work()
         return
+    if args.write and args.only:
+        parser.error("--write needs every model type; leave --only out")
     from benchmarks.tiny_models import model_types
 
     types = args.only.split(",") if args.only else model_types()
@@ -297,6 +438,9 @@ def main() -> None:
     print("  ".join(f"{k}: {v}" for k, v in counts.most_common()))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+    if args.write:
+        (ROOT / "docs").mkdir(exist_ok=True)
+        (ROOT / "docs" / "architectures.md").write_text(page(outcomes))
 
 
 if __name__ == "__main__":

@@ -60,42 +60,57 @@ RULES: tuple[Rule, ...] = (
     (r"(.*_)?(num|n)_.*experts?|num_experts_.*", _to(4)),
     (r"n_group|topk_group|num_expert_group", _to(1)),
     (r"index_topk", _to(8)),
-    (r"(.*_)?(num_|n_)(key_value|kv)_?heads?|.*num_kv_heads|kv_heads|num_heads_kv|n_head_kv",
-     _each(KV_HEADS)),
+    (
+        r"(.*_)?(num_|n_)(key_value|kv)_?heads?|.*num_kv_heads|kv_heads|num_heads_kv|n_head_kv",
+        _each(KV_HEADS),
+    ),
     (r"(.*_)?(num_|n_)?(.*_)?heads?", _each(HEADS)),
     (r"qk_rope_head_dim|qk_nope_head_dim", _to(8)),
     (r"v_head_dim", _to(12)),
-    (r"(.*_)?head_dim(_.*)?|(.*_)?head_size|d_kv|dim_head|d_head|dim_feedforward_head|.*_d_head",
-     _to(HEAD_DIM)),
+    (
+        r"(.*_)?head_dim(_.*)?|(.*_)?head_size|d_kv|dim_head|d_head|dim_feedforward_head|.*_d_head",
+        _to(HEAD_DIM),
+    ),
     (r"query_pre_attn_scalar", _to(HEAD_DIM)),
     (r"rotary_dim", _to(8)),
     (r"mrope_section", lambda old: [2, 3, 3] if len(old) == 3 else [2] * len(old)),
     (r"(short|long)_factor", lambda old: [1.0] * (HEAD_DIM // 2)),
     (r".*lora_(rank|dim)|.*_low_rank.*|.*_rank", _to(16)),
-    (r".*(intermediate|ffn|inner|feed_?forward|mlp)_?(size|dim|hidden_size|hidden_dim)?(_.*)?"
-     r"|d_ff|d_inner|n_inner|.*_d_ff|dim_feedforward",
-     lambda old: _to(FFN)(old) if isinstance(old, int) and old > 16 else old),
-    (r".*(sliding|local|chunk).*(window|size|attention)?.*", lambda old: _to(8)(old)
-     if isinstance(old, int) and old > 8 else old),
+    (
+        r".*(intermediate|ffn|inner|feed_?forward|mlp)_?(size|dim|hidden_size|hidden_dim)?(_.*)?"
+        r"|d_ff|d_inner|n_inner|.*_d_ff|dim_feedforward",
+        lambda old: _to(FFN)(old) if isinstance(old, int) and old > 16 else old,
+    ),
+    (
+        r".*(sliding|local|chunk).*(window|size|attention)?.*",
+        lambda old: _to(8)(old) if isinstance(old, int) and old > 8 else old,
+    ),
     (r"original_max_position_embeddings", _to(64)),
-    (r"(max_(text_)?(sequence_length|seq_len(gth)?)|.*max_.*position.*|n_positions|n_ctx"
-     r"|context_length|max_seq_len|.*max_.*len(gth)?|.*positions)", _to(256)),
+    (
+        r"(max_(text_)?(sequence_length|seq_len(gth)?)|.*max_.*position.*|n_positions|n_ctx"
+        r"|context_length|max_seq_len|.*max_.*len(gth)?|.*positions)",
+        _to(256),
+    ),
     (r"(.*_)?(image|img|crop|tile)_size|input_image_size|.*_image_size|.*resolution", _each(32)),
     (r"spatial_patch_size|patch_size|.*_patch_size|.*patch_height|.*patch_width", _each(8)),
     (r"temporal_patch_size|spatial_merge_size|merge_size", _keep),
-    (r"(image_seq_len(gth)?|num_image_tokens|num_patches|mm_tokens_per_image|num_query_tokens)",
-     _to(4)),
+    (
+        r"(image_seq_len(gth)?|num_image_tokens|num_patches|mm_tokens_per_image|num_query_tokens)",
+        _to(4),
+    ),
     (r"num_position_embeddings", _to(16)),
     (r"num_frames|frames_per_clip", _to(4)),
     (r"num_queries|num_denoising|.*n_latents|num_latents", _to(8)),
     (r"window_size", lambda old: _each(4)(old) if not isinstance(old, int) or old < 32 else 16),
     (r"fullatt_block_indexes|deepstack_visual_indexes|global_attn_indexes", lambda old: [1]),
-    (r".*(hidden|embed|embedding|model|emb|residual|projection|proj|out|output|fusion|text|vision"
-     r"|encoder|decoder|audio|image|pooler|latent|channel|conv|units|neck|units)s?_?"
-     r"(size|dims?|embd|channels?|width|dimension|units|embed)?(_global|_size)?"
-     r"|n_embd|d_model|dim|hidden|width|d_rel|channels|linear_units|.*_dim|.*_units|.*_channels"
-     r"|attention_hidden_size|.*hidden_size.*|.*_hid|upsample_.*channel",
-     lambda old: WIDTH if isinstance(old, int) and old > 48 else old),
+    (
+        r".*(hidden|embed|embedding|model|emb|residual|projection|proj|out|output|fusion|text|vision"
+        r"|encoder|decoder|audio|image|pooler|latent|channel|conv|units|neck|units)s?_?"
+        r"(size|dims?|embd|channels?|width|dimension|units|embed)?(_global|_size)?"
+        r"|n_embd|d_model|dim|hidden|width|d_rel|channels|linear_units|.*_dim|.*_units|.*_channels"
+        r"|attention_hidden_size|.*hidden_size.*|.*_hid|upsample_.*channel",
+        lambda old: WIDTH if isinstance(old, int) and old > 48 else old,
+    ),
     (r"mamba_d_state|ssm_state_size|state_size|.*_d_state", _to(8)),
     (r"hidden_sizes|embed_dims|conv_dim|encoder_hidden_sizes|neck_hidden_sizes|dims", _each(WIDTH)),
     (r"tdnn_dim", _each(16)),
@@ -297,7 +312,10 @@ def _spread(model: nn.Module) -> None:
         if not p.numel():
             continue
         if p.dim() >= 2 and p.is_floating_point():
-            p.copy_(torch.randn(p.shape, generator=gen).to(p) * min(0.3, 1.5 * max(1, p[0].numel()) ** -0.5))
+            p.copy_(
+                torch.randn(p.shape, generator=gen).to(p)
+                * min(0.3, 1.5 * max(1, p[0].numel()) ** -0.5)
+            )
         elif name.endswith("bias") and p.is_floating_point():
             p.copy_(torch.randn(p.shape, generator=gen).to(p) * 0.05)
         elif re.search(r"sinks?$", name):

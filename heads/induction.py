@@ -93,6 +93,7 @@ class Induction(ReadingDetector):
         copying = self._copying(model, batch, answers["z"])
         prefix = answers["prefix"]
         score = torch.where(copying >= self.copies, prefix, prefix * 0)
+        score = score.masked_fill(copying.isnan(), float("nan"))  # nothing to copy from: no score
         return Outcome(score, control["prefix"], {"prefix": prefix, "copying": copying})
 
     def _copying(self, model: "Model", batch: Batch, z: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def score(
         DeviceError: a batch does not fit into memory.
     """
     if not isinstance(model, Model):
-        from interp.load import load
+        from interp.loading import load
 
         model = load(model)
     made = plan(
@@ -151,6 +151,8 @@ def plan(
         "batch_size": batch_size,
         "seed": seed,
         "tower": stack.name,
+        # A formula may change between versions: an old run must not answer for a new one.
+        "headscope": _version("headscope"),
     }
     return Plan(jobs, stack.name, key)
 
@@ -374,14 +376,17 @@ def _table(
 def provenance(model: Model, made: Plan) -> dict[str, Any]:
     """What the numbers were made from: the key of the plan, and versions."""
     import platform
-    from importlib.metadata import version
 
-    packages = ("headscope", "torch", "transformers", "numpy")
     versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except Exception:  # noqa: BLE001 - run from a checkout that is not installed
-            versions[name] = "not installed"
+    versions |= {name: _version(name) for name in ("headscope", "torch", "transformers", "numpy")}
     return {**made.key, "class": type(model.hf).__name__, "device": str(model.device),
             "versions": versions}  # fmt: skip
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

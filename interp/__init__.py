@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp.headid import HeadId as HeadId
-    from interp.load import load as load
+    from interp.loading import load as load
     from interp.model import Model as Model
     from interp.prompts import Batch as Batch
     from interp.prompts import Prompt as Prompt
@@ -21,7 +21,7 @@ _HOMES = {
     "Prompt": "interp.prompts",
     "PromptPair": "interp.prompts",
     "Run": "interp.run",
-    "load": "interp.load",
+    "load": "interp.loading",
 }
 __all__ = sorted(_HOMES)
 

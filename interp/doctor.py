@@ -132,13 +132,22 @@ def _layers(model: "Model") -> list[Layer]:
 
 def _example(model: "Model") -> dict[str, Tensor]:
     """Text longer than any sliding window, the second example padded at its end."""
-    window = getattr(model.text_config, "sliding_window", None)
-    length = min(max(24, (window or 0) + 8), 160)
+    length = min(max(24, _window(model.text_config) + 8), 160)
     inputs = example_inputs(model.hf, length=length)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape[0] > 1 and mask.shape[1] > 4:
         mask[1, -3:] = 0
     return inputs
+
+
+def _window(config: Any) -> int:
+    """The widest sliding window of any layer, 0 if there is none."""
+    try:
+        windows = [getattr(config, "sliding_window", None)]
+    except RuntimeError:  # where layers differ, the whole has no answer
+        layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    return max((x for x in windows if isinstance(x, int)), default=0)
 
 
 def _logits(output: Any) -> Tensor:

@@ -170,7 +170,9 @@ def _decoder(model: nn.Module, names: list[str], batch: int, length: int) -> Inp
 
 def _placed(model: nn.Module, value: Tensor) -> Tensor:
     first = next(model.parameters())
-    return value.to(first.device, first.dtype) if value.is_floating_point() else value.to(first.device)
+    return (
+        value.to(first.device, first.dtype) if value.is_floating_point() else value.to(first.device)
+    )
 
 
 def _random(*shape: int) -> Tensor:
@@ -199,7 +201,7 @@ def _image_forms(model: nn.Module, names: list[str], batch: int) -> Iterator[Inp
         depth = _first(where, "temporal_patch_size") or 1
         thw = [side, side] if grid.endswith("hw") and not grid.endswith("thw") else [1, side, side]
         n = batch * side * side
-        more = {grid: torch.tensor([thw] * batch)}
+        more: Inputs = {str(grid): torch.tensor([thw] * batch)}
         if "merge_sizes" in names or "image_merge_sizes" in names:
             name = "merge_sizes" if "merge_sizes" in names else "image_merge_sizes"
             more[name] = torch.tensor([merge] * batch)
@@ -302,7 +304,7 @@ def _sound_forms(model: nn.Module, names: list[str], batch: int) -> Iterator[Inp
     ) or 80  # fmt: skip
     frames = 2 * int(_first(where, "max_source_positions") or 50)
     masks = [n for n in ("input_features_mask", "feature_attention_mask") if n in names]
-    ones = {n: torch.ones(batch, frames, dtype=torch.long) for n in masks}
+    ones: Inputs = {str(n): torch.ones(batch, frames, dtype=torch.long) for n in masks}
     if main == "input_features":
         yield {main: _random(batch, bins, frames), **ones}
         yield {main: _random(batch, frames, bins), **ones}

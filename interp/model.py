@@ -275,7 +275,7 @@ class Model:
                 raise InputError(
                     f"a prompt must fit the {self.context} positions of {self.name}; prompt "
                     f"{prompt.id or '?'} has {len(prompt)} tokens",
-                    hint="shorten it, or choose a smaller --length",
+                    hint="shorten it, or give the task a smaller length",
                 )
             if max(prompt.tokens) >= self.vocabulary or min(prompt.tokens) < 0:
                 raise InputError(

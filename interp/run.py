@@ -302,8 +302,12 @@ def default_folder(base: str | Path, key: Mapping[str, Any]) -> Path:
     words: list[str] = []
     for name in ("detectors", "model", "task"):
         value = key.get(name)
-        entries = value if isinstance(value, list | tuple) else [value]
-        words += [file_stem(str(e).rstrip("/").rpartition("/")[2]) for e in entries if e]
+        entries = list(value) if isinstance(value, list | tuple | Mapping) else [value]
+        words += [
+            file_stem(str(e).rstrip("/").rpartition("/")[2].removeprefix("zoo:"))
+            for e in entries
+            if e
+        ]
     prefix = "-".join(words)[:80].strip("-.") or "run"
     return Path(base) / f"{prefix}-{content_key(key)[:10]}"
 

@@ -151,7 +151,7 @@ def test_rank_finds_the_planted_heads_and_writes_nothing_but_data(run) -> None:
 
 
 def test_what_a_library_prints_does_not_reach_stdout(run, monkeypatch) -> None:
-    import interp.load
+    import interp.loading
     from heads import scoring
 
     def loud(verb):
@@ -161,7 +161,7 @@ def test_what_a_library_prints_does_not_reach_stdout(run, monkeypatch) -> None:
 
         return call
 
-    for module, name in ((interp.load, "load"), (scoring, "plan"), (scoring, "execute")):
+    for module, name in ((interp.loading, "load"), (scoring, "plan"), (scoring, "execute")):
         monkeypatch.setattr(module, name, loud(getattr(module, name)))
     done = run("rank", "induction", *FAST)
     assert "noise" not in done.out and done.err.count("noise") == 3
@@ -583,7 +583,7 @@ def test_a_dry_run_of_a_saved_model_reads_no_weights(run, nan_model: str) -> Non
         for weights in Path(nan_model).glob("*.away"):
             weights.rename(weights.with_suffix(".safetensors"))
     told = {row["quantity"]: float(row["value"]) for row in done.rows}
-    from interp.load import load
+    from interp.loading import load
 
     hf = load(nan_model).hf
     assert told["memory for weights"] == sum(p.numel() * p.itemsize for p in hf.parameters())

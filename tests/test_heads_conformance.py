@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import interp.decode
 from heads.detector import DETECTORS, DecodingDetector, Detector, ReadingDetector, make_detector
 from heads.scoring import score
+from interp import load
 from interp.headid import HeadId
-from interp.load import load
 from interp.model import Model
 from interp.prompts import Prompt
 from interp.scores import NO_EVIDENCE, UNDEFINED

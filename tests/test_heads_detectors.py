@@ -10,10 +10,10 @@ import heads.retrieval
 from heads.detector import make_detector, shuffled
 from heads.scoring import score
 from heads.sink import sink_tokens
+from interp import load
 from interp.decode import Decoded
 from interp.errors import InputError
 from interp.headid import HeadId
-from interp.load import load
 from interp.prompts import Prompt
 from interp.readings import Same
 from interp.tasks import make_task

@@ -18,10 +18,10 @@ from heads.head_mask import HeadMask, visible
 from heads.masking import _draws, _right, masking_experiment
 from heads.masking_result import MaskedArm, MaskingResult, _wilson
 from heads.scoring import score
+from interp import load
 from interp.decode import generate
 from interp.errors import HeadIdError, InputError, InterpError, SiteError, UnknownNameError
 from interp.headid import HeadId
-from interp.load import load
 from interp.prompts import Prompt
 from interp.scores import HeadScores
 from interp.seam.calls import AttnCall
@@ -29,6 +29,7 @@ from interp.tasks import make_task
 
 torch.set_num_threads(2)
 OPS = ["uniform", "zero"]
+NEEDLE = make_task("needle", {"lengths": (60, 110)})
 PLANTED = ["planted-retrieval", "planted-heads", "planted-induction-gqa"]
 
 
@@ -52,7 +53,7 @@ def planted():
     def get(name):
         if name not in models:
             model = load(f"zoo:{name}")
-            models[name] = model, score(model, "retrieval", n=8)["retrieval"]
+            models[name] = model, score(model, "retrieval", task=NEEDLE, n=8)["retrieval"]
         return models[name]
 
     return get
@@ -194,10 +195,14 @@ def test_a_silent_head_ties_and_a_uniform_one_says_something_wrong(planted):
 
 def call_of(**changes):
     z = torch.ones(2, 3, 2, 4)
-    values = dict(
-        name="x", module=torch.nn.Identity(), q=torch.zeros(2, 2, 3, 4),
-        k=torch.zeros(2, 1, 3, 4), v=torch.arange(24.0).reshape(2, 1, 3, 4), z=z,
-    )  # fmt: skip
+    values = {
+        "name": "x",
+        "module": torch.nn.Identity(),
+        "q": torch.zeros(2, 2, 3, 4),
+        "k": torch.zeros(2, 1, 3, 4),
+        "v": torch.arange(24.0).reshape(2, 1, 3, 4),
+        "z": z,
+    }
     return AttnCall(**(values | changes))
 
 
@@ -252,7 +257,7 @@ def test_masking_retrieval_heads_breaks_answers_and_controls_do_not(planted, nam
     truth = model.truth.heads["retrieval"]
     # In planted-induction the score reads attention alone: two of its three heads copy nothing,
     # and no control is left in their layer but the three others.
-    found = masking_experiment(model, scores, n=10, op=op)
+    found = masking_experiment(model, scores, task=NEEDLE, n=10, op=op)
     assert set(found.masked.heads) == truth
     assert found.base.accuracy == found.control_accuracy == 1.0
     assert found.masked.accuracy == 0.0
@@ -273,7 +278,7 @@ def test_masking_what_does_not_matter_changes_nothing(planted):
     decoy = HeadScores(
         "retrieval", scores.heads, values, scores.null_per_example, scores.examples, threshold=0.1
     )
-    found = masking_experiment(model, decoy, n=6, k=1, op="zero")
+    found = masking_experiment(model, decoy, task=NEEDLE, n=6, k=1, op="zero")
     assert found.masked.heads == (HeadId(1, 4),)
     assert found.masked.accuracy == 1.0 and found.difference == 0.0 and found.p == 1.0
 
@@ -281,7 +286,7 @@ def test_masking_what_does_not_matter_changes_nothing(planted):
 def test_a_model_that_cannot_answer_loses_nothing(planted):
     _, scores = planted("planted-retrieval")
     broken, own = planted("planted-retrieval-broken")
-    found = masking_experiment(broken, scores, n=6)
+    found = masking_experiment(broken, scores, task=NEEDLE, n=6)
     assert found.base.accuracy == found.masked.accuracy == found.control_accuracy == 0.0
     assert found.p == 1.0 and found.effect == 0.0
     with pytest.raises(InputError, match="no head has a positive verdict") as caught:
@@ -357,8 +362,8 @@ def test_batches_caches_and_order_of_prompts_change_nothing(planted):
     back = masking_experiment(model, scores, prompts[::-1], controls=2)
     assert back.base.correct == first.base.correct[::-1]
     assert back.examples == first.examples[::-1]
-    assert masking_experiment(model, scores, n=4, seed=7).to_dict() == (
-        masking_experiment(model, scores, n=4, seed=7).to_dict()
+    assert masking_experiment(model, scores, task=NEEDLE, n=4, seed=7).to_dict() == (
+        masking_experiment(model, scores, task=NEEDLE, n=4, seed=7).to_dict()
     )
 
 
@@ -366,7 +371,13 @@ def test_progress_counts_each_batch_of_each_different_arm(planted):
     model, scores = planted("planted-heads")
     seen = []
     masking_experiment(
-        model, scores, n=5, batch_size=2, controls=30, progress=lambda a, b: seen.append((a, b))
+        model,
+        scores,
+        task=NEEDLE,
+        n=5,
+        batch_size=2,
+        controls=30,
+        progress=lambda a, b: seen.append((a, b)),
     )
     # Four other heads in the layer: base, masked and at most four different controls.
     assert seen == [(i + 1, 3 * 6) for i in range(18)]
@@ -384,8 +395,8 @@ def test_nothing_is_left_on_the_model_also_after_an_error(planted):
         raise StopHere
 
     with pytest.raises(StopHere):
-        masking_experiment(model, scores, n=2, progress=stop)
-    masking_experiment(model, scores, n=2)
+        masking_experiment(model, scores, task=NEEDLE, n=2, progress=stop)
+    masking_experiment(model, scores, task=NEEDLE, n=2)
     assert torch.equal(model.hf(ids).logits, before)
     batch = model.batch([Prompt((0, 1, 2))], side="left")
 

@@ -12,9 +12,9 @@ from scipy.stats import ttest_rel
 import heads.scoring as scoring
 from heads.detector import DETECTORS, make_detector
 from heads.scoring import execute, plan, score
+from interp import load
 from interp.errors import DeviceError, InputError, RunError, SiteError, SpanError, UnknownNameError
 from interp.headid import HeadId
-from interp.load import load
 from interp.model import Model
 from interp.prompts import Prompt
 from interp.run import Run

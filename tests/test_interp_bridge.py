@@ -23,7 +23,7 @@ from interp.decode import decode
 from interp.doctor import Check
 from interp.engine import read
 from interp.errors import DoctorError, SiteError
-from interp.load import load
+from interp.loading import load
 from interp.model import Model
 from interp.prompts import Batch, Prompt
 from interp.readings import (
@@ -514,7 +514,7 @@ def test_transformer_lens_is_imported_only_when_needed() -> None:
     code = """
 import sys, torch
 import interp.bridge, interp.doctor, interp.oracle
-from interp.load import load
+from interp.loading import load
 from transformers import GPT2Config, GPT2LMHeadModel
 hf = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=32, n_embd=8, n_layer=1, n_head=2))
 assert load(hf).doctor().ok

@@ -20,7 +20,7 @@ from interp.prompts import Batch, Prompt
 from interp.readings import Entropy, KeyMass, Offset, PairMass
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.tiny_models import tiny_model  # noqa: E402
+from benchmarks.tiny_models import tiny_model
 
 # Type, towers it must have, and how their layers are reached.
 FAMILIES = {
@@ -160,12 +160,18 @@ def test_readings_equal_the_models_own_matrices(model_type, tower):
     answers, _ = collected(model_type, tower, readings)
     for name, want in expected.items():
         torch.testing.assert_close(
-            answers[name].values.double(), want, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            answers[name].values.double(),
+            want,
+            rtol=0,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
 def test_a_window_shorter_than_the_prompt_is_seen():
-    answers, _ = collected("mistral", "text", {"far": PairMass(Offset(20)), "near": PairMass(Offset(1))})
+    answers, _ = collected(
+        "mistral", "text", {"far": PairMass(Offset(20)), "near": PairMass(Offset(1))}
+    )
     assert model("mistral").text_config.sliding_window < 20
     assert (answers["far"].values == 0).all()
     assert (answers["near"].values > 0).all()

@@ -32,6 +32,7 @@ class RowEdit:
         rows: [batch, query] rows concerned, or None for all.
         keys: [batch, key] keys of the edit.
         others: further sets of keys, each [batch, key].
+        factors: [query] factors of a schedule, or None.
     """
 
     op: AttentionOp
@@ -42,6 +43,7 @@ class RowEdit:
     rows: Tensor | None
     keys: Tensor
     others: dict[str, Tensor]
+    factors: Tensor | None = None
 
 
 def scores_of(
@@ -172,6 +174,8 @@ def apply_rows(e: RowEdit, a: Tensor, visible: Tensor, heads: Sequence[int], row
     if isinstance(s, Tensor):
         s = s.to(a)
         s = s[..., None, None] if s.dim() else s
+    if e.factors is not None:
+        s = e.op.neutral + e.factors.to(a)[rows, None] * (s - e.op.neutral)
     new = e.op.apply(part, s, known, e.params)
     if e.rows is not None:
         new = torch.where(e.rows[:, None, rows, None], new, part)

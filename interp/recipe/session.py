@@ -307,7 +307,8 @@ class Session:
                     found = self._keys(layer, value, rows, n_key, like)
                     others[n] = torch.ones_like(keys) if found is None else found
             s = self._strength(edit, part.entries)
-            out.append(RowEdit(op, edit.site, part.units, s, params, chosen, keys, others))
+            factors = self._factors(edit, n_query, like)
+            out.append(RowEdit(op, edit.site, part.units, s, params, chosen, keys, others, factors))
         return out
 
     def _strength(self, edit: Edit, entries: tuple[int, ...]) -> Tensor | float:
@@ -315,10 +316,22 @@ class Session:
         assert s is not None
         if isinstance(s, Tensor) and s.dim():
             s = s[list(entries)]
-        if edit.schedule is not None:
-            neutral = edit.operation.neutral
-            s = neutral + edit.schedule.factor(self._tracker.step) * (s - neutral)
         return s
+
+    def _factors(self, edit: Edit, columns: int, like: Tensor) -> Tensor | None:
+        """The schedule's factor for each of the last `columns` columns.
+
+        It follows the position and not the forward, so that running without a cache, where every
+        forward sees all positions again, gives the same numbers.
+        """
+        if edit.schedule is None:
+            return None
+        frame = self._tracker.frame
+        if frame is None:
+            raise InputError("a schedule needs a forward whose tokens are known")
+        end = frame.past + frame.fed
+        steps = [max(0, c - frame.width + 1) for c in range(end - columns, end)]
+        return torch.tensor([edit.schedule.factor(s) for s in steps], device=like.device)
 
     def _changed(
         self,
@@ -340,6 +353,9 @@ class Session:
         if isinstance(s, Tensor):
             s = s.to(x)
             s = s[:, None] if s.dim() else s
+        factors = self._factors(edit, x.shape[1], x)
+        if factors is not None:
+            s = op.neutral + factors.to(x)[:, None, None] * (s - op.neutral)
         tensors = {n: self._tensor(n, t, part, x) for n, t in edit.tensors.items()}
         tensors |= dict(extra or {})
         whole = part.units == tuple(range(x.shape[2]))

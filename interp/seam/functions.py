@@ -47,6 +47,20 @@ class _Watch(TorchFunctionMode):
         self.columns = columns
         self.seen: dict[str, list[tuple[str, Any]]] = {}
         self.busy = False
+        self.listening = False
+
+    def start(self) -> None:
+        """Listen, if not yet: only while a module runs, since seams may close in any order."""
+        if not self.listening:
+            self.listening = True
+            self.__enter__()
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self.listening:
+            self.listening = False
+            self.inside.clear()
+            self.__exit__(None, None, None)
 
     def __torch_function__(
         self,
@@ -123,6 +137,7 @@ def watched(
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            watch.start()
             watch.inside.append(name)
             watch.seen.pop(name, None)
 
@@ -132,6 +147,8 @@ def watched(
         def hook(*_: Any) -> None:
             if watch.inside and watch.inside[-1] == name:
                 watch.inside.pop()
+                if not watch.inside:
+                    watch.stop()
 
         return hook
 
@@ -152,6 +169,8 @@ def watched(
         return hook
 
     with ExitStack() as stack:
+        # No hook runs after an interrupt from the keyboard.
+        stack.callback(watch.stop)
         for module, name in names.items():
             stack.callback(
                 module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True).remove
@@ -160,7 +179,6 @@ def watched(
             stack.callback(
                 projections[name].register_forward_pre_hook(project(name, module)).remove
             )
-        stack.enter_context(watch)
         yield
 
 

@@ -6,7 +6,8 @@ torch's own dispatcher (`_fused_sdp_choice`) said that it would be chosen: z kee
 LSE comes for nothing. Columns appended to v, with zeros appended to q and k, leave the first d_v
 columns of the output as they were, bit for bit, for most head sizes but not for all (a head of 8
 is multiplied in another order than one of 16): `appending_keeps_bits` finds out for each shape
-before columns are used. Doctor checks the outcome on each model.
+before columns are used, and `in_whole_vectors` refuses calls for which no such proof
+holds. Doctor checks the outcome on each model.
 Where the dispatcher would choose another kernel, the call goes through untouched.
 """
 
@@ -109,15 +110,18 @@ class KernelTap(TorchFunctionMode):
         if query.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled():
             wanted = [tap.columns(value) if tap.columns else None for tap in chain]
             width = sum(c.shape[-1] for c in wanted if c is not None)
-            if width and not appending_keeps_bits(
-                value.shape[-1],
-                width,
-                query.shape[2],
-                key.shape[2],
-                is_causal,
-                attn_mask is not None,
-                query.dtype,
-                torch.get_num_threads(),
+            if width and not (
+                in_whole_vectors(query, key, value)
+                and appending_keeps_bits(
+                    value.shape[-1],
+                    width,
+                    query.shape[2],
+                    key.shape[2],
+                    is_causal,
+                    attn_mask is not None,
+                    query.dtype,
+                    torch.get_num_threads(),
+                )
             ):
                 wanted = [None] * len(chain)
         out, lse, extras = flash(query, key, value, attn_mask, is_causal, factor, wanted)
@@ -150,6 +154,23 @@ def _flash_on_cpu(
         return False
     choice = torch._fused_sdp_choice(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa)
     return choice == _FLASH
+
+
+def in_whole_vectors(*tensors: Tensor) -> bool:
+    """Whether the order in which a call adds depends on its shape alone, not on its memory.
+
+    The kernel works through blocks of rows and keys. A last block of a single one is multiplied
+    as a vector, and rows that do not begin on a vector register are peeled, both in an order that
+    depends on where the tensor lies: no test on other tensors can speak for such a call.
+    """
+    for x in tensors:
+        # Blocks are multiples of 32 in every version.
+        if x.shape[2] < 16 or x.shape[2] % 32 == 1:
+            return False
+        steps = [n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1][:-1]
+        if any(n * x.element_size() % 32 for n in (x.storage_offset(), *steps)):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=1024)

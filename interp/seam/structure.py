@@ -261,9 +261,7 @@ def _projections(
 
 
 @contextmanager
-def _listen(
-    rest: Mapping[nn.Module, str], found: dict[str, _Found], batch: int
-) -> Iterator[None]:
+def _listen(rest: Mapping[nn.Module, str], found: dict[str, _Found], batch: int) -> Iterator[None]:
     """Find out which of the modules compute attention by softmax or SDPA inside them."""
     from torch.overrides import TorchFunctionMode
 

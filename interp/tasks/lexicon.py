@@ -97,7 +97,7 @@ WORDINGS: dict[str, Wording] = {
 
 
 def haystack_sentence(rng: random.Random) -> str:
-    """One sentence of filler, 10 to 12 words."""
+    """One sentence of filler: 10 or 11 words and a stop."""
     who, where = rng.choice(_PEOPLE), rng.choice(_PLACES)
     first, second = rng.choice(_ADJECTIVES), rng.choice(_ADJECTIVES)
     when = rng.choice(_TIMES)

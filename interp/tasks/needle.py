@@ -70,11 +70,11 @@ class Needle(Task):
 
     def prompts(self, model: "Model", n: int, *, seed: int = 0) -> list[Prompt]:
         """See `Task.prompts`; prompts run through the grid of lengths and depths in turn."""
-        room = (model.context or max(self.lengths)) - 4 * self.words - 2
-        lengths = [x for x in self.lengths if x <= room]
-        if not lengths:
-            # Every length is too long for this model: use what it has.
-            lengths = [room]
+        lengths = list(self.lengths)
+        if model.context is not None:
+            room = model.context - 4 * self.words - 2
+            # Where every length is too long for this model: use what it has.
+            lengths = [x for x in lengths if x <= room] or [room]
         grid = [(length, depth) for length in lengths for depth in self.depths]
         make = self._from_text if self._speaks(model) else self._from_ids
         out = []
