@@ -5,7 +5,8 @@ token just fed, from the step's q against the cached k. The prompt's own rows ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.errors import InputError, SiteError
+from interp.errors import InputError, ModelError, SiteError
 from interp.prompts import Batch
 from interp.seam.calls import MASKED, AttnCall
 from interp.seam.structure import Tower
@@ -123,11 +124,9 @@ def decode(
 
     Raises:
         InputError: the batch is padded on the right, or too long for the model.
+        ModelError: the model does not continue its prompt.
     """
-    from interp.errors import ModelError
-
-    if not hasattr(model.hf, "generate"):
-        raise ModelError(f"{model.name} cannot generate, so nothing can be read while decoding")
+    _refuse_unless_decoder(model)
     width = batch.input_ids.shape[1]
     if any(width != off + len(p) for off, p in zip(batch.offsets, batch.prompts, strict=True)):
         raise InputError("decoding needs a batch padded on the left; use batch(..., side='left')")
@@ -171,11 +170,13 @@ def generate(
 
     Returns:
         For each example the produced ids, up to and including the first stop id.
-    """
-    from contextlib import nullcontext
 
+    Raises:
+        ModelError: the model does not continue its prompt.
+    """
     from transformers import GenerationConfig
 
+    _refuse_unless_decoder(model)
     own = getattr(model.hf, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     stops = {*stop_ids, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
@@ -188,10 +189,38 @@ def generate(
         eos_token_id=sorted(stops) or None,
         bos_token_id=getattr(own, "bos_token_id", None),
     )
-    with model.observe(observer) if observer is not None else nullcontext():
+    seam = nullcontext() if observer is None else model.observe(observer)
+    with _preferring(model.hf, config), seam:
         out = model.hf.generate(**batch.inputs(), generation_config=config)  # type: ignore[operator]
     rows = []
     for row in out[:, batch.input_ids.shape[1] :].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         rows.append(tuple(row[:end]))
     return tuple(rows)
+
+
+@contextmanager
+def _preferring(hf: Any, config: Any) -> Iterator[None]:
+    """Hide what the checkpoint prefers, such as a penalty on repetitions, for a while.
+
+    Whatever a given configuration leaves open, `generate` fills in from the checkpoint's own.
+    """
+    own = getattr(hf, "generation_config", None)
+    if own is None:
+        yield
+        return
+    hf.generation_config = config
+    try:
+        yield
+    finally:
+        hf.generation_config = own
+
+
+def _refuse_unless_decoder(model: "Model") -> None:
+    if not hasattr(model.hf, "generate"):
+        raise ModelError(f"{model.name} cannot generate, so nothing can be read while decoding")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"decoding reads models that continue their prompt; {model.name} answers it in a "
+            f"decoder of its own"
+        )

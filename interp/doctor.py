@@ -6,6 +6,7 @@ identities that all readings rest on. A failed identity is an error, unless the 
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -202,9 +203,18 @@ class _Worst:
 
     def see(self, value: float, where: str, limit: float | None = None) -> None:
         limit = self.limit if limit is None else limit
-        # NaN compares false with everything: it must count as the worst of all.
-        if self.value is None or not value * self.limit <= self.value * limit:
+        if self.value is None or self._worse(value, limit):
             self.value, self.where, self.limit = value, where, limit
+
+    def _worse(self, value: float, limit: float) -> bool:
+        assert self.value is not None
+        # NaN compares false with everything: it is the worst of all, and stays so.
+        if math.isnan(self.value) or math.isnan(value):
+            return not math.isnan(self.value)
+        # Where limits differ, by the share of its own limit (which is never 0 then).
+        if limit == self.limit:
+            return value > self.value
+        return value * self.limit > self.value * limit
 
     def check(self, missing: str) -> Check:
         if self.value is None:

@@ -277,10 +277,11 @@ class Model:
                     f"{prompt.id or '?'} has {len(prompt)} tokens",
                     hint="shorten it, or give the task a smaller length",
                 )
-            if max(prompt.tokens) >= self.vocabulary or min(prompt.tokens) < 0:
+            wrong = next((t for t in prompt.tokens if not 0 <= t < self.vocabulary), None)
+            if wrong is not None:
                 raise InputError(
                     f"token ids must lie in 0..{self.vocabulary - 1} for {self.name}; prompt "
-                    f"{prompt.id or '?'} has {max(prompt.tokens)}"
+                    f"{prompt.id or '?'} has {wrong}"
                 )
         return Batch.of(prompts, pad_id=self.pad_id, side=side, device=str(self.device))
 

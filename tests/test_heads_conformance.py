@@ -31,7 +31,7 @@ from interp.scores import NO_EVIDENCE, UNDEFINED
 from interp.tasks import TASKS, make_task
 from interp.zoo import ZOO
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 NAMES = sorted(DETECTORS)
 N = 9  # examples: 2**-9 is small enough to find one head among twenty
 

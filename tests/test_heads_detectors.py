@@ -20,7 +20,7 @@ from interp.tasks import make_task
 from interp.zoo.planted_kit import Kit
 from interp.zoo.planted_parts import assemble
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,12 @@ def test_a_needle_with_a_repeated_token(model, monkeypatch):
     authors = watch(model, [NEEDLE], mode="authors")
     assert authors.values[0, 0].tolist() == pytest.approx([1, 1, 2 / 4, 0, 0])
     # Going on copying the same place: more hits than the needle is long.
-    said(monkeypatch, [(7, 8, 7, 9, 9, 9, 9)], [[[3, 4, 5, 6, 6, 6, 6]]])
-    assert watch(model, [NEEDLE]).values.item() == 1.0
-    assert watch(model, [NEEDLE], mode="authors").values.item() == 7 / 4
+    # The control has a ceiling of one in both.
+    said(monkeypatch, [(7, 8, 7, 9, 9, 9, 9)], [[[3, 4, 5, 6, 6, 6, 6], [9] * 7]])
+    published, authors = watch(model, [NEEDLE]), watch(model, [NEEDLE], mode="authors")
+    assert published.values[0, 0].tolist() == [1.0, 0.0]
+    assert authors.values[0, 0].tolist() == [7 / 4, 0.0]
+    assert published.null[0, 0].tolist() == authors.null[0, 0].tolist() == [0.0, 1.0]
 
 
 def test_copies_outside_the_needle_and_the_continuation_are_no_hits(model, monkeypatch):
@@ -130,6 +133,28 @@ def test_without_decoys_a_window_of_filler_is_the_control(model, monkeypatch):
         assert watch(model, [prompt]).null[0, 0].tolist() == null
         counts.add(null[1])
     assert counts == {1.0}
+    late = {"needle": ((8, 10),), "question": ((11, 12),)}
+    share = {0: [], 1: [], 6: [], 10: []}
+    for i in range(60):
+        for place, found in share.items():
+            said(monkeypatch, [(3, 4)], [[[place, place]]])
+            prompt = Prompt((*NEEDLE.tokens[:8], 3, 4, 5, 6), late, id=f"y{i}", answer=(3, 4))
+            found.append(watch(model, [prompt]).null.item())
+    # Never BOS; any other place of the filler now and then.
+    assert {place: sorted(set(found)) for place, found in share.items()} == {
+        0: [0.0], 1: [0.0, 1.0], 6: [0.0, 1.0], 10: [0.0]
+    }  # fmt: skip
+
+
+def test_success_is_judged_by_the_answer_and_hits_by_the_needle(model, monkeypatch):
+    """The needle may hold more than what is asked for."""
+    short = Prompt(NEEDLE.tokens, NEEDLE.spans, id="s", answer=(7, 8))
+    said(monkeypatch, [(7, 8)], [[[3, 4]]])
+    out = watch(model, [short])
+    assert not out.failures and out.values.item() == pytest.approx(2 / 3)
+    assert watch(model, [NEEDLE]).failures  # two of its four
+    other = Prompt(NEEDLE.tokens, NEEDLE.spans, id="o", answer=(1, 2))
+    assert watch(model, [other]).failures
 
 
 def test_retrieval_needs_no_answer_beside_its_needle(model, monkeypatch):

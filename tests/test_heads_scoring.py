@@ -21,7 +21,7 @@ from interp.run import Run
 from interp.stats import bh_qvalues
 from interp.tasks import make_task
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 READERS = ["previous-token", "duplicate-token", "induction", "sink"]
 REPEATED = make_task("repeated-tokens", {"length": 12, "repeats": 3, "vary": True})
 
@@ -271,6 +271,10 @@ def test_a_run_keeps_failures_and_equals_a_call_without_one(model, tmp_path):
     read = Run.load(tmp_path).scores
     assert {d: t.to_bytes() for d, t in read.items()} == {d: t.to_bytes() for d, t in plain.items()}
     assert dict(read["sink"].failures).keys() == {"p10", "p12"}
+    again = execute(model, made, run=Run.open_or_create(tmp_path, made.key))  # from its parts
+    assert {d: t.to_bytes() for d, t in again.items()} == {
+        d: t.to_bytes() for d, t in plain.items()
+    }
 
 
 def test_another_plan_does_not_go_on_in_the_same_folder(model, tmp_path):

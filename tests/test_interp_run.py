@@ -160,7 +160,7 @@ def test_two_tables_of_one_name_are_refused_before_anything_is_written(tmp_path)
 
 def test_the_same_command_finds_its_folder():
     folder = default_folder("runs", KEY)
-    assert folder.name.startswith("sink-zoo_tiny-needle-")
+    assert folder.name.startswith("sink-tiny-needle-")
     assert folder == default_folder("runs", dict(reversed(KEY.items())))
     others = [KEY | {"seed": 1}, KEY | {"eps": 0.2}, KEY | {"eps": None}, KEY | {"more": 1}]
     assert len({default_folder("runs", key) for key in [KEY, *others]}) == 5

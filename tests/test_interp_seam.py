@@ -295,20 +295,52 @@ def test_seams_close_in_any_order(families: tuple[str, str], order: tuple[int, .
     assert [traces(m.hf) for m in models] == before
 
 
-def test_two_models_in_turn_and_inside_each_other() -> None:
-    """A second model may be read from inside an observer of the first."""
-    outer, inner = handle("llama", "sdpa"), handle("gpt2", "sdpa")
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_an_observer_computes_is_not_heard(family: str) -> None:
+    """Neither by its own seam nor by others: a softmax of its own is no pattern of the model's."""
+    model = handle(family, "" if family == "bloom" else "sdpa")
+    ids = {"input_ids": batch_of((20,)).input_ids}
+    quiet: list[AttnCall] = []
+    with model.observe(quiet.append):
+        plain = model.forward(ids).logits
+    calls: dict[str, list[AttnCall]] = {"outer": [], "inner": []}
+
+    def busy(who: str) -> Callable[[AttnCall], None]:
+        def observer(call: AttnCall) -> None:
+            x = torch.randn(1, 4, 20, 20)
+            torch.nn.functional.scaled_dot_product_attention(x, x, x)
+            torch.softmax(x, -1)
+            calls[who].append(call)
+
+        return observer
+
+    with model.observe(busy("outer")), model.observe(busy("inner")):
+        assert torch.equal(model.forward(ids).logits, plain)
+    for who in calls:
+        assert len(calls[who]) == 2
+        for one, other in zip(calls[who], quiet, strict=True):
+            every = slice(0, 4), slice(0, 20)
+            assert torch.equal(one.rows(0, *every), other.rows(0, *every)), who
+
+
+@pytest.mark.parametrize("families", [("llama", "gpt2"), ("bloom", "bloom")])
+def test_one_model_is_read_from_inside_an_observer_of_another(families: tuple[str, str]) -> None:
+    outer = handle(families[0], "" if families[0] == "bloom" else "sdpa")
+    inner = Model(fresh(families[1], seed=3), name=families[1])
     batch = batch_of((20, 13))
     alone = read(inner, batch, {"x": rd.Entropy()})["x"].values
-    plain = run(outer)
-    found = []
+    plain, direct = run(outer), read(outer, batch, {"x": rd.Entropy()})["x"].values
+    found, rows = [], []
 
     def observer(call: AttnCall) -> None:
         found.append(read(inner, batch, {"x": rd.Entropy()})["x"].values)
+        p = call.rows(0, slice(0, 4), slice(0, 20))
+        rows.append(-torch.special.xlogy(p, p).sum(-1).mean(-1))
 
     with outer.observe(observer):
         assert torch.equal(run(outer), plain)
     assert len(found) == 2 and all(torch.equal(x, alone) for x in found)
+    torch.testing.assert_close(torch.stack(rows), direct[0], atol=1e-5, rtol=0)
 
 
 def test_a_seam_abandoned_half_way_is_closed_with_its_generator() -> None:

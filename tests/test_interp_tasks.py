@@ -27,7 +27,7 @@ from interp.tasks.lexicon import (
     vocabulary,
 )
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 class Handle:

@@ -17,10 +17,10 @@ from interp.doctor import _tensors
 from interp.engine import Collector
 from interp.example import example_inputs
 from interp.prompts import Batch, Prompt
-from interp.readings import Entropy, KeyMass, Offset, PairMass
+from interp.readings import Distance, Entropy, KeyMass, Offset, PairMass
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_models import tiny_config, tiny_model
 
 # Type, towers it must have, and how their layers are reached.
 FAMILIES = {
@@ -175,3 +175,20 @@ def test_a_window_shorter_than_the_prompt_is_seen():
     assert model("mistral").text_config.sliding_window < 20
     assert (answers["far"].values == 0).all()
     assert (answers["near"].values > 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [4, 8, 12, 16, 24, 32])
+def test_columns_in_the_kernel_keep_bits_for_every_head_size(head_dim):
+    """Appending columns to v may change the order in which the kernel adds: for some sizes only."""
+    config = tiny_config("llama")
+    config.head_dim = head_dim
+    torch.manual_seed(0)
+    handle = interp.load(type(model("llama").hf)(config))
+    given = example_inputs(handle.hf, length=24)
+    batch = Batch.of([Prompt(tuple(row)) for row in given["input_ids"].tolist()])
+    plain = handle.forward(given)
+    collector = Collector(handle.towers["text"], batch, {"mean": Distance()})
+    with handle.observe(collector, columns=collector.columns):
+        read = handle.forward(given)
+    assert same_bits(plain, read)
+    assert torch.isfinite(collector.answers()["mean"].values).all()

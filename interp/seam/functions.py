@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from interp.seam.calls import AttnCall, Edited, InputEditor, Observer, WeightEditor
 from interp.seam.kernel import Columns, KernelTap
@@ -88,7 +88,8 @@ class _Watch(TorchFunctionMode):
             name = self.inside[-1]
             if self.weights is not None:
                 whole = out if out.dim() == 4 else out.view(-1, self.n_heads[name], *out.shape[1:])
-                new = self.weights(name, whole)
+                with _unheard():
+                    new = self.weights(name, whole)
                 out = out if new is None else new.view(out.shape)
             self.seen.setdefault(self.inside[-1], []).append(("pattern", out))
         return out
@@ -108,6 +109,20 @@ class _Watch(TorchFunctionMode):
 
 
 _QKV = ("query", "key", "value")
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What runs here is an observer's own work: no seam that listens now may take it for calls."""
+    listening = [m for m in _get_current_function_mode_stack() if isinstance(m, _Watch)]
+    before = [(watch, watch.busy) for watch in listening]
+    for watch in listening:
+        watch.busy = True
+    try:
+        yield
+    finally:
+        for watch, busy in before:
+            watch.busy = busy
 
 
 @contextmanager
@@ -158,11 +173,8 @@ def watched(
             if not heard:
                 return None
             call = _describe(name, module, args[0], n_heads[name], heard)
-            watch.busy = True
-            try:
+            with _unheard():
                 new = observer(call)
-            finally:
-                watch.busy = False
             z = new.z if isinstance(new, Edited) else new
             return None if z is None else (z.reshape(args[0].shape), *args[1:])
 

@@ -151,7 +151,7 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
             entry.places += leaf.shape[0] * leaf.shape[1]
         return leaf
 
-    with torch.enable_grad(), _projections(model, names, found), observed(names, observer):
+    with _tracing(model), _projections(model, names, found), observed(names, observer):
         model(**inputs)
     rest = {
         module: name
@@ -160,8 +160,12 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     }
     if rest:
         size = len(next(iter(inputs.values())))
-        with torch.enable_grad(), _projections(model, names, found), _listen(rest, found, size):
+        with _tracing(model), _projections(model, names, found), _listen(rest, found, size):
             model(**inputs)
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        # Vision models see fewer keys by pooling their own patches: that is no other sequence.
+        for name, entry in found.items():
+            entry.cross = entry.cross and _is_cross(name, 0, 0)
     unreached = {name: type(module).__name__ for module, name in rest.items() if name not in found}
     lost = [name for name, entry in found.items() if not entry.projection]
     for name in lost:
@@ -227,14 +231,28 @@ def _is_causal(
 
 
 @contextmanager
+def _tracing(model: nn.Module) -> Iterator[None]:
+    """A graph of what depends on z alone: with the weights' it would hold every activation."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+@contextmanager
 def _projections(
     model: nn.Module, names: Mapping[nn.Module, str], found: Mapping[str, _Found]
 ) -> Iterator[None]:
     """Note, for each attention module, the first linear layer whose input depends on its z."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad:
-            return
+            return None
         for entry in found.values():
             if entry.projection or entry.leaf is None:
                 continue
@@ -252,6 +270,7 @@ def _projections(
             entry.projection = names[module] if fits else ""
             entry.d_v = d_v
             entry.leaf = None
+        return (args[0].detach(), *args[1:])
 
     with ExitStack() as stack:
         for module in names:
@@ -390,6 +409,7 @@ def _tower_name(model: nn.Module, stack: str, cross: bool) -> str:
     if main in ("input_features", "input_values") and "decoder" not in stack:
         return "audio"  # before `encoder`: its positions are frames, not the prompt's tokens
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and re.search(r"\bencoder\b", stack):
+    side = re.search(r"\b(encoder|decoder)\b", stack)  # the outer: decoders may hold an encoder
+    if getattr(config, "is_encoder_decoder", False) and side and side[0] == "encoder":
         return "encoder"
     return DEFAULT_TOWER

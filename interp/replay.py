@@ -1,0 +1,380 @@
+"""Runs that are kept, and replayed from the middle.
+
+Patching every head means running the model once per head, and all but a part of each run is known:
+blocks before the patched one put out what they did, and in a causal model nothing changes before
+the first patched position. A `Replay` keeps one run; `rerun` then computes many patched runs at
+once, with the known blocks answered from memory and, where only late positions differ, the earlier
+keys and values taken from the cache. Nothing of this is written for a model family: a block or an
+attention module is made to answer from memory by giving it another `forward` while the context is
+open, and the model's own forward does the rest.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp.errors import DeviceError, InputError
+from interp.prompts import Batch
+from interp.seam.blocks import block_names
+from interp.seam.calls import AttnCall
+from interp.seam.structure import Layer
+
+if TYPE_CHECKING:
+    from interp.model import Model
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one attention layer did.
+
+    Attributes:
+        z: [batch, pos, head, d_v], the input of the output projection.
+        call: q, k, v, mask as the kernel received them, or None where they are not reached.
+        output: what the attention module returned.
+        plain: whether its first output is the projection of z and nothing else.
+    """
+
+    z: Tensor
+    call: AttnCall | None
+    output: Any
+    plain: bool
+
+
+class Replay:
+    """One kept run of a batch, padded on the left.
+
+    Args:
+        model: the model.
+        batch: prompts padded on the left, so that the last column is each prompt's last token.
+        tower: the tower whose heads will be patched.
+
+    Attributes:
+        logits: [batch, d_vocab] at the last token.
+        kept: attention module to what it did.
+        blocks: names of the tower's blocks.
+
+    Raises:
+        InputError: the batch is padded on the right.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: "Model", batch: Batch, *, tower: str = "text") -> None:
+        if any(
+            off + len(p) != batch.input_ids.shape[1]
+            for off, p in zip(batch.offsets, batch.prompts, strict=True)
+        ):
+            raise InputError("a replay needs a batch padded on the left")
+        self.model, self.batch, self.tower = model, batch, model.tower(tower)
+        self.blocks = block_names(model, self.tower)
+        self.kept: dict[str, Kept] = {}
+        self._outputs: list[Any] = [None] * len(self.blocks)
+        self._z: dict[str, Tensor] = {}
+        self._calls: dict[str, AttnCall] = {}
+        self._attention: dict[str, Any] = {}
+        self._run_once()
+
+    @property
+    def n_pos(self) -> int:
+        """Columns of the batch."""
+        return self.batch.input_ids.shape[1]
+
+    def _run_once(self) -> None:
+        hf = self.model.hf
+
+        def note(place: dict[str, Any], name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                place[name] = output
+
+            return hook
+
+        outputs: dict[str, Any] = {}
+        with ExitStack() as stack:
+            for name in self.blocks:
+                module = hf.get_submodule(name)
+                stack.callback(module.register_forward_hook(note(outputs, name)).remove)
+            for layer in self.tower.layers:
+                module = hf.get_submodule(layer.name)
+                stack.callback(
+                    module.register_forward_hook(note(self._attention, layer.name)).remove
+                )
+            stack.enter_context(self.model.observe_output(self._note_z))
+            stack.enter_context(self.model.observe(self._note_call))
+            self.logits = self._forward(self.batch.inputs())
+        self._outputs = [outputs[name] for name in self.blocks]
+        for layer in self.tower.layers:
+            z, output = self._z[layer.name], self._attention[layer.name]
+            made = hf.get_submodule(layer.projection)(z.flatten(-2))
+            first = output if isinstance(output, Tensor) else output[0]
+            self.kept[layer.name] = Kept(
+                z, self._calls.get(layer.name), output, torch.equal(made, first)
+            )
+
+    def _note_z(self, layer: Layer, site: Tensor) -> None:
+        self._z[layer.name] = site
+
+    def _note_call(self, call: AttnCall) -> None:
+        self._calls[call.name] = call if call.k is not None else replace(call, v=None)
+
+    @cached_property
+    def _last_only(self) -> dict[str, Any]:
+        known = inspect.signature(self.model.hf.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def _forward(self, inputs: Mapping[str, Any]) -> Tensor:
+        extra = dict(self._last_only)
+        if "use_cache" in inspect.signature(self.model.hf.forward).parameters:
+            extra["use_cache"] = "past_key_values" in inputs
+        out = self.model.hf(**inputs, **extra)
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        last: Tensor = logits[:, -1]
+        return last if last.dtype == torch.float64 else last.float()
+
+    @torch.no_grad()
+    def rerun(
+        self,
+        changes: Mapping[str, Tensor],
+        *,
+        copies: int,
+        start: int = 0,
+        freeze: bool = False,
+        record: "Record | None" = None,
+    ) -> Float[Tensor, "copy batch d_vocab"]:
+        """Logits at the last token of many patched runs.
+
+        Args:
+            changes: attention module to its z in each run: [copy, batch, pos, head, d_v], with the
+                positions from `start` on.
+            copies: number of runs.
+            start: first position that differs from the kept run.
+            freeze: keep the z of all other attention layers as in the kept run.
+            record: collects what later attention layers do.
+
+        Raises:
+            DeviceError: the runs do not fit into memory.
+        """
+        first = min(self._block_of(name) for name in changes)
+        if start and not self.suffix_works:
+            whole = {n: self._widened(n, z, start) for n, z in changes.items()}
+            return self.rerun(whole, copies=copies, freeze=freeze, record=record)
+        inputs = self._inputs(copies, start)
+        try:
+            with ExitStack() as stack:
+                for i in range(first):
+                    stack.enter_context(self._answering(i, copies, start))
+                for layer in self.tower.layers:
+                    if self._block_of(layer.name) < first:
+                        continue
+                    if layer.name in changes:
+                        stack.enter_context(self._patched(layer, changes[layer.name]))
+                    elif freeze:
+                        z = _expand(self.kept[layer.name].z[:, start:], copies)
+                        stack.enter_context(self._patched(layer, z))
+                if record is not None:
+                    stack.enter_context(record.listening(self))
+                logits = self._forward(inputs)
+        except torch.OutOfMemoryError as error:  # pragma: no cover - needs an accelerator
+            raise DeviceError(
+                f"{copies} patched runs of {len(self.batch)} prompts do not fit into memory",
+                hint="use a smaller batch",
+            ) from error
+        return logits.view(copies, len(self.batch), -1)
+
+    def _block_of(self, name: str) -> int:
+        return self.model.structure.layers[name].index
+
+    def _widened(self, name: str, z: Tensor, start: int) -> Tensor:
+        """Z of every position, the kept one before `start`."""
+        kept = self.kept[name].z
+        out = kept[None].expand(z.shape[0], *kept.shape).clone()
+        out[:, :, start:] = z
+        return out
+
+    def _inputs(self, copies: int, start: int) -> dict[str, Any]:
+        inputs = {n: _expand(x, copies).flatten(0, 1) for n, x in self.batch.inputs().items()}
+        if start:
+            inputs["input_ids"] = inputs["input_ids"][:, start:]
+            inputs["past_key_values"] = self._cache(copies, start)
+        return inputs
+
+    def _cache(self, copies: int, start: int) -> Any:
+        """A cache that holds the keys and values before `start`."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in self.tower.layers:
+            call = self.kept[layer.name].call
+            assert call is not None and call.k is not None and call.v is not None
+            k, v = call.k[:, :, :start], call.v[:, :, :start]
+            cache.update(
+                _expand(k, copies).flatten(0, 1), _expand(v, copies).flatten(0, 1), layer.index
+            )
+        return cache
+
+    @cached_property
+    def suffix_works(self) -> bool:
+        """Whether the end of the prompt alone, on a cache, gives the kept logits."""
+        calls = [self.kept[x.name].call for x in self.tower.layers]
+        whole = len(self.tower.layers) == len(self.blocks)
+        if not whole or self.n_pos < 2 or self.batch.extra or self.batch.decoder is not None:
+            return False
+        if any(c is None or c.k is None or c.k.shape[2] != self.n_pos for c in calls):
+            return False
+        if not all(x.causal for x in self.tower.layers):
+            return False
+        try:
+            logits = self._forward(self._inputs(1, self.n_pos // 2))
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return False
+        scale = float(self.logits.abs().max().clamp_min(1))
+        return bool((logits - self.logits).abs().max() < 1e-4 * scale)
+
+    @contextmanager
+    def _answering(self, block: int, copies: int, start: int) -> Iterator[None]:
+        """A block that gives back what it gave in the kept run."""
+        value = _map(self._outputs[block], lambda x: self._like_hidden(x, copies, start))
+        with _forward_as(self.model.hf.get_submodule(self.blocks[block]), lambda *a, **k: value):
+            yield
+
+    def _like_hidden(self, x: Tensor, copies: int, start: int) -> Tensor:
+        if x.dim() >= 2 and x.shape[0] == len(self.batch):
+            x = x[:, start:] if x.shape[1] == self.n_pos else x
+            return _expand(x, copies).flatten(0, 1)
+        return x
+
+    @contextmanager
+    def _patched(self, layer: Layer, z: Tensor) -> Iterator[None]:
+        """An attention module whose z is given: [copy, batch, pos, head, d_v]."""
+        kept = self.kept[layer.name]
+        hf = self.model.hf
+        flat = z.flatten(0, 1)
+        if kept.plain:
+            projection = hf.get_submodule(layer.projection)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                new = projection(flat.flatten(-2))
+                return new if isinstance(kept.output, Tensor) else (new, *[None] * (
+                    len(kept.output) - 1))  # fmt: skip
+
+            with _forward_as(hf.get_submodule(layer.name), forward):
+                yield
+            return
+
+        # Something stands between projection and output: run the module and put z in.
+        def pre(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            return (flat.reshape(args[0].shape), *args[1:])
+
+        handle = hf.get_submodule(layer.projection).register_forward_pre_hook(pre)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def z_under(
+        self,
+        layer: Layer,
+        heads: slice,
+        *,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        pattern: Tensor | None = None,
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """Z of some heads had q, k, v or the pattern been others.
+
+        Args:
+            layer: the layer.
+            heads: query heads, whole groups or within one.
+            q: [batch, head, pos, d_qk] of all query heads.
+            k: [batch, kv_head, pos, d_qk] of all key-value heads.
+            v: [batch, kv_head, pos, d_v].
+            pattern: [batch, head, query, key] of the chosen heads.
+        """
+        call = self.call(layer)
+        call = replace(
+            call,
+            q=call.q if q is None else q,
+            k=call.k if k is None else k,
+            v=call.v if v is None else v,
+            lse=None,
+            extra=None,
+        )
+        return torch.stack([_z(call, b, heads, pattern) for b in range(call.z.shape[0])])
+
+    def call(self, layer: Layer) -> AttnCall:
+        """q, k, v and mask of a layer in the kept run.
+
+        Raises:
+            InputError: they are not reached on this model.
+        """
+        call = self.kept[layer.name].call
+        if call is None or call.q is None or call.v is None:
+            raise InputError(
+                f"q, k and v of {layer.name} are not reached on {self.model.name}",
+                hint="patch z instead",
+            )
+        return call
+
+
+def _z(call: AttnCall, b: int, heads: slice, pattern: Tensor | None) -> Tensor:
+    assert call.v is not None
+    group = call.n_heads // call.v.shape[1]
+    index = torch.arange(heads.start, heads.stop, device=call.v.device) // group
+    p = call.rows(b, heads, slice(0, call.n_query)) if pattern is None else pattern[b]
+    return (p @ call.v[b, index].to(p.dtype)).transpose(0, 1).to(call.z.dtype)
+
+
+class Record:
+    """Collects the attention calls of a rerun, and the hidden states at chosen blocks.
+
+    Attributes:
+        calls: attention module to its call, rows being copies × batch.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, AttnCall] = {}
+
+    @contextmanager
+    def listening(self, replay: Replay) -> Iterator[None]:
+        """Listen while the context is open."""
+        with replay.model.observe(self._note):
+            yield
+
+    def _note(self, call: AttnCall) -> None:
+        self.calls[call.name] = call
+
+
+def _expand(x: Tensor, copies: int) -> Tensor:
+    return x[None].expand(copies, *x.shape)
+
+
+def _map(value: Any, change: Any) -> Any:
+    """A nested output with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_map(x, change) for x in value)
+    if isinstance(value, list):
+        return [_map(x, change) for x in value]
+    return copy.copy(value)
+
+
+@contextmanager
+def _forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another forward for a module while the context is open."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]

@@ -1,0 +1,133 @@
+"""Pairs of clean and corrupted prompts, cut into batches of one length."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interp.errors import InputError
+from interp.metrics import METRICS, Bound, Metric, bind, per_example
+from interp.prompts import Prompt, PromptPair
+from interp.replay import Replay
+
+if TYPE_CHECKING:
+    from interp.model import Model
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs of one batch, with their kept runs.
+
+    Attributes:
+        pairs: the pairs; their clean prompts name the answers.
+        clean: the kept run of the clean prompts.
+        corrupted: the kept run of the corrupted prompts.
+        metric: the metric.
+        bound: its answers.
+    """
+
+    pairs: tuple[PromptPair, ...]
+    clean: Replay
+    corrupted: Replay
+    metric: Metric
+    bound: Bound
+
+    def score(self, logits: Tensor) -> Tensor:
+        """The metric of logits [..., batch, d_vocab]: [..., batch]."""
+        return per_example(self.metric.of(logits, self.bound), len(self.pairs))
+
+    @property
+    def first(self) -> int:
+        """First column in which any pair differs; nothing changes before it."""
+        a, b = self.clean.batch.input_ids, self.corrupted.batch.input_ids
+        columns = (a != b).any(0).nonzero()
+        return int(columns[0]) if len(columns) else 0
+
+
+class Pairs:
+    """Prompt pairs for a model and a metric.
+
+    Args:
+        model: the model.
+        pairs: at least one; ids of clean prompts must differ.
+        metric: name of a metric, or a metric.
+        batch_size: pairs at a time; only pairs of equal length share a batch.
+        tower: tower whose heads are patched.
+
+    Raises:
+        InputError: no pairs, ids that are not unique, or prompts without what the metric needs.
+        UnknownNameError: no such metric.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        pairs: Sequence[PromptPair],
+        *,
+        metric: str | Metric = "logit-difference",
+        batch_size: int = 8,
+        tower: str = "text",
+    ) -> None:
+        if not pairs:
+            raise InputError("at least one pair is needed; got none")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1; got {batch_size}")
+        self.model, self.tower = model, tower
+        self.metric = METRICS[metric] if isinstance(metric, str) else metric
+        self.pairs = tuple(
+            p if p.clean.id else PromptPair(_named(p.clean, i), p.corrupted)
+            for i, p in enumerate(pairs)
+        )
+        if len(set(self.ids)) != len(self.pairs):
+            raise InputError("ids of prompts must all be different")
+        bind(self.metric, [p.clean for p in self.pairs], model.device)
+        self.batch_size = batch_size
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the clean prompts."""
+        return tuple(p.clean.id for p in self.pairs)
+
+    def groups(self) -> list[list[int]]:
+        """Places of the pairs of each batch."""
+        by_length: dict[int, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            by_length.setdefault(len(pair.clean), []).append(i)
+        return [
+            places[at : at + self.batch_size]
+            for _, places in sorted(by_length.items())
+            for at in range(0, len(places), self.batch_size)
+        ]
+
+    def batches(self) -> Iterator[tuple[list[int], PairBatch]]:
+        """Each batch with its kept runs, and the places of its pairs."""
+        for places in self.groups():
+            chosen = tuple(self.pairs[i] for i in places)
+            yield places, self.batch(chosen)
+
+    def batch(self, chosen: tuple[PromptPair, ...]) -> PairBatch:
+        """The kept runs of some pairs."""
+        model = self.model
+        clean = Replay(
+            model, model.batch([p.clean for p in chosen], side="left"), tower=self.tower
+        )  # fmt: skip
+        other = Replay(
+            model, model.batch([p.corrupted for p in chosen], side="left"), tower=self.tower
+        )  # fmt: skip
+        bound = bind(self.metric, [p.clean for p in chosen], model.device)
+        if self.metric.compares:
+            bound = Bound(bound.answer, bound.wrong, clean.logits)
+        return PairBatch(chosen, clean, other, self.metric, bound)
+
+
+def _named(prompt: Prompt, i: int) -> Prompt:
+    from dataclasses import replace
+
+    return replace(prompt, id=f"pair-{i}")
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean over examples of tensors [batch, …]."""
+    return torch.cat(list(tensors)).mean(0, keepdim=True)
