@@ -24,6 +24,7 @@ from interp.registry import Registry
 
 if TYPE_CHECKING:
     from interp.model import Model
+    from interp.seam.structure import Tower
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class ReadingDetector(Detector):
     def formula(
         self,
         model: "Model",
+        tower: "Tower",
         batch: Batch,
         answers: Mapping[str, Tensor],
         control: Mapping[str, Tensor] | None,

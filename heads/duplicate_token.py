@@ -22,6 +22,7 @@ from interp.readings import PairMass, Reading, Same
 
 if TYPE_CHECKING:
     from interp.model import Model
+    from interp.seam.structure import Tower
 
 
 @DETECTORS.register("duplicate-token")
@@ -49,6 +50,7 @@ class DuplicateToken(ReadingDetector):
     def formula(
         self,
         model: "Model",
+        tower: "Tower",
         batch: Batch,
         answers: Mapping[str, Tensor],
         control: Mapping[str, Tensor] | None,

@@ -31,6 +31,7 @@ from interp.unembed import unembedding
 
 if TYPE_CHECKING:
     from interp.model import Model
+    from interp.seam.structure import Tower
 
 _QUERIES = "induction-queries"
 
@@ -84,22 +85,23 @@ class Induction(ReadingDetector):
     def formula(
         self,
         model: "Model",
+        tower: "Tower",
         batch: Batch,
         answers: Mapping[str, Tensor],
         control: Mapping[str, Tensor] | None,
     ) -> Outcome:
         """See `ReadingDetector`."""
         assert control is not None
-        copying = self._copying(model, batch, answers["z"])
+        copying = self._copying(model, tower, batch, answers["z"])
         prefix = answers["prefix"]
         score = torch.where(copying >= self.copies, prefix, prefix * 0)
         score = score.masked_fill(copying.isnan(), float("nan"))  # nothing to copy from: no score
         return Outcome(score, control["prefix"], {"prefix": prefix, "copying": copying})
 
-    def _copying(self, model: "Model", batch: Batch, z: Tensor) -> Tensor:
+    def _copying(self, model: "Model", tower: "Tower", batch: Batch, z: Tensor) -> Tensor:
         """Mean copying score [example, layer, head] over the chosen queries."""
         out = unembedding(model)
-        layers = next(iter(model.towers.values())).layers
+        layers = tower.layers
         result = z.new_zeros(z.shape[:3])
         for b, prompt in enumerate(batch.prompts):
             pairs = Same(1).pairs(prompt)

@@ -21,6 +21,7 @@ from interp.readings import Offset, PairMass, Reading
 
 if TYPE_CHECKING:
     from interp.model import Model
+    from interp.seam.structure import Tower
 
 
 @DETECTORS.register("previous-token")
@@ -43,6 +44,7 @@ class PreviousToken(ReadingDetector):
     def formula(
         self,
         model: "Model",
+        tower: "Tower",
         batch: Batch,
         answers: Mapping[str, Tensor],
         control: Mapping[str, Tensor] | None,

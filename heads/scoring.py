@@ -314,12 +314,14 @@ def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tup
             made = [detector.control(p, rng) for p, rng in zip(prompts, rngs, strict=True)]
             held = [c for c in made if c is not None]
             control = None
+            # Rows of the control stand for rows of the batch.
+            assert len(held) in (0, len(prompts)), f"{detector.name} controls some prompts only"
             if held:
                 own = {n: r for n, r in wanted.items() if n.startswith(f"{detector.name}/")}
                 control = _own(detector, read(model, model.batch(held), own, tower=tower.name))
             yield (
                 detector.name,
-                detector.formula(model, batch, _own(detector, answers) or {}, control),
+                detector.formula(model, tower, batch, _own(detector, answers) or {}, control),
             )
     for watcher in job.detectors:
         if isinstance(watcher, DecodingDetector):

@@ -31,6 +31,7 @@ from interp.scores import HeadScores
 
 if TYPE_CHECKING:
     from interp.model import Model
+    from interp.seam.structure import Tower
 
 
 @DETECTORS.register("sink")
@@ -75,6 +76,7 @@ class Sink(ReadingDetector):
     def formula(
         self,
         model: "Model",
+        tower: "Tower",
         batch: Batch,
         answers: Mapping[str, Tensor],
         control: Mapping[str, Tensor] | None,

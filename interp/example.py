@@ -193,7 +193,7 @@ def _image_forms(model: nn.Module, names: list[str], batch: int) -> Iterator[Inp
     channels = _first(where, "num_channels", "in_channels", "in_chans") or 3
     patch = _first(where, "patch_size", "spatial_patch_size") or 16
     patch = patch if isinstance(patch, int) else patch[-1]
-    size = _first(where, "image_size", "img_size", "input_size") or 14 * patch
+    size = _first(where, "image_size", "img_size", "input_size") or 8 * patch
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     if grid is not None:
         merge = _first(where, "spatial_merge_size", "merge_size") or 2

@@ -1,9 +1,9 @@
 """The direct path from a head's output to logits: final norm (linearised) and unembedding.
 
 The last module before the unembedding is found by running the model once and asking which module
-made the very tensor that the unembedding received. A norm is linearised at a fixed scale: its
-weight is kept and, for layer norms, the mean over d_model is removed; ratios of logits do not
-depend on the scale.
+made the memory that the unembedding received: models slice out the positions whose logits they
+keep, so it is not the same tensor. A norm is linearised at a fixed scale: its weight is kept and,
+for layer norms, the mean over d_model is removed; ratios of logits do not depend on the scale.
 """
 
 from dataclasses import dataclass
@@ -65,17 +65,19 @@ def unembedding(model: "Model") -> Unembedding:
             f"{model.name} has no unembedding, so the direct effect on logits is not defined",
             hint="load the class with a language-model head",
         )
-    made: dict[int, nn.Module] = {}
+    made: dict[int | None, nn.Module] = {}
     norm: list[nn.Module] = []
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            made[id(output)] = module
-            kept.append(output)  # an id is only unique while its tensor lives
+            # Dropout and the like hand on what they were given: the first maker counts.
+            made.setdefault(output.untyped_storage().data_ptr(), module)
+            kept.append(output)  # memory is one tensor's own only while that tensor lives
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and id(args[0]) in made:
-            norm.append(made[id(args[0])])
+        place = args[0].untyped_storage().data_ptr() if args else None
+        if place in made:
+            norm.append(made[place])
 
     kept: list[Tensor] = []
     leaves = [m for m in model.hf.modules() if next(m.children(), None) is None]

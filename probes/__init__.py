@@ -1,5 +1,64 @@
-"""Probes on heads: batched ridge and logistic fits, directions, selectivity.
+"""Probes on heads, all heads at once: what z tells, how surely, and recipes made from it.
 
-Nothing is here yet. What will live here: probes fitted on all heads at once from streaming
-sufficient statistics, nested cross-validation, control tasks, and makers of steering recipes.
+- `features`, `capture`: z of every head, kept or streamed;
+- `HeadStatistics`: sums that any number of examples can be streamed into and merged;
+- `fit_ridge`, `fit_logistic`, `mean_difference`: fits and directions;
+- `validate`: held-out accuracy of every head with interval, null and control task;
+- `fit_iti`, `fit_mean_difference`, `function_vector`: recipes.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probes.control import control_labels as control_labels
+    from probes.direction import Directions as Directions
+    from probes.direction import mean_difference as mean_difference
+    from probes.features import HeadFeatures as HeadFeatures
+    from probes.features import capture as capture
+    from probes.features import features as features
+    from probes.function_vector import FunctionVector as FunctionVector
+    from probes.function_vector import function_vector as function_vector
+    from probes.iti import fit_iti as fit_iti
+    from probes.logistic import LogisticFit as LogisticFit
+    from probes.logistic import fit_logistic as fit_logistic
+    from probes.probe import PROBES as PROBES
+    from probes.probe import make_probe as make_probe
+    from probes.ridge import RidgeFit as RidgeFit
+    from probes.ridge import fit_ridge as fit_ridge
+    from probes.ridge import ridge_from_statistics as ridge_from_statistics
+    from probes.shift import fit_mean_difference as fit_mean_difference
+    from probes.statistics import HeadStatistics as HeadStatistics
+    from probes.statistics import class_statistics as class_statistics
+    from probes.validate import validate as validate
+
+_HOMES = {
+    "PROBES": "probes.probe",
+    "Directions": "probes.direction",
+    "FunctionVector": "probes.function_vector",
+    "HeadFeatures": "probes.features",
+    "HeadStatistics": "probes.statistics",
+    "LogisticFit": "probes.logistic",
+    "RidgeFit": "probes.ridge",
+    "capture": "probes.features",
+    "class_statistics": "probes.statistics",
+    "control_labels": "probes.control",
+    "fit_iti": "probes.iti",
+    "fit_logistic": "probes.logistic",
+    "fit_mean_difference": "probes.shift",
+    "fit_ridge": "probes.ridge",
+    "function_vector": "probes.function_vector",
+    "make_probe": "probes.probe",
+    "mean_difference": "probes.direction",
+    "ridge_from_statistics": "probes.ridge",
+    "validate": "probes.validate",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'probes' has no attribute {name!r}")

@@ -275,6 +275,7 @@ def test_prompts_run_through_the_grid_of_lengths_and_depths():
     for prompt in task.prompts(WORDS, 13):
         # As long as may be: the next sentence (13 tokens at most) would not have fitted.
         assert prompt.meta["length"] - 13 < len(prompt) <= prompt.meta["length"]
+    assert any(len(p) == p.meta["length"] for p in task.prompts(WORDS, 100))
 
 
 def test_needles_of_ids_stand_at_their_depth_in_exactly_the_length():
