@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def examine(model_type: str) -> Outcome:
         ]
         out.category = category(model)
         out.partly = sorted(set(model.structure.unreached.values()))
-        out.equal, note = bits_equal(model)
+        out.equal, note, out.observed_only = bits_equal(model)
         report = model.doctor()
         out.worst = max((c.worst for c in report.checks if c.worst is not None), default=None)
         out.status = "pass" if report.ok and out.equal else "fail"
@@ -107,61 +107,60 @@ def category(model: Any) -> str:
     return "decoder"
 
 
-def bits_equal(model: Any) -> tuple[bool, str]:
-    """Whether every tensor of the output keeps its bits with all readings of all towers on."""
-    import contextlib
+def bits_equal(model: Any) -> tuple[bool, str, list[str]]:
+    """Whether every tensor of the output keeps its bits with all readings of all towers on.
 
+    Also says why not, and in which towers calls are not one for each prompt: these have no reading
+    per prompt, and their calls are observed only.
+    """
     import torch
 
     from interp.doctor import _example, _outputs
     from interp.engine import Collector
     from interp.errors import SiteError
-    from interp.prompts import Batch, Prompt
     from interp.readings import Distance, Entropy, KeyMass, Offset, PairMass, SpanMass, ZNorm
 
     inputs = model._example if model._example is not None else _example(model)
     readings = {
-        "pairs": PairMass(Offset(1)), "span": SpanMass("all"), "distance": Distance(),
-        "entropy": Entropy(), "keys": KeyMass(), "z": ZNorm(),
+        "span": SpanMass("all"), "distance": Distance(), "entropy": Entropy(),
+        "keys": KeyMass(), "z": ZNorm(),
     }  # fmt: skip
+    related = readings | {"pairs": PairMass(Offset(1))}
     plain = _outputs(model, inputs)
+    apart: list[str] = []
     for tower in model.towers.values():
-        size = len(next(iter(inputs.values())))
-        ids = inputs.get("input_ids", torch.zeros(size, 4, dtype=torch.long))
-        batch = Batch.of([Prompt(tuple(row)) for row in ids.tolist()])
         # Patches of an image have no "token before": relations are the text's.
-        relevant = {
-            n: r for n, r in readings.items() if n != "pairs" or tower.name in ("text", "encoder")
-        }
-        collector = Collector(tower, batch, relevant)
-
-        def observer(call: Any) -> None:
-            # Windows and repeated calls have no reading per prompt; the call itself is observed.
-            with contextlib.suppress(SiteError):
-                collector(call)
-
-        with model.observe(observer, columns=collector.columns):
-            read = _outputs(model, inputs)
-        if len(read) != len(plain):
-            return False, f"tower {tower.name}: another number of outputs"
-        for a, b in zip(plain, read, strict=True):
-            if not torch.equal(a.nan_to_num(), b.nan_to_num()):
-                gap = float((a.double() - b.double()).abs().max())
-                return False, f"readings of tower {tower.name} change the output by {gap:.1e}"
-    return True, ""
+        for wanted in (related, readings, None):
+            if wanted is None:
+                apart.append(tower.name)
+                break
+            collector = Collector(tower, batch_of(inputs), wanted)
+            try:
+                with model.observe(collector, columns=collector.columns):
+                    read = _outputs(model, inputs)
+                collector.answers()
+            except SiteError:
+                continue
+            equal = [torch.equal(a, b) for a, b in zip(plain, read, strict=True)]
+            if not all(equal):
+                return False, f"readings of tower {tower.name} change the output", apart
+            break
+    return True, "", apart
 
 
-def _tensors(output: Any) -> Any:
+def batch_of(inputs: Any) -> Any:
+    """Example inputs as the batch of prompts that readings are asked of."""
     import torch
 
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif hasattr(output, "values"):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
+    from interp.prompts import Batch, Prompt
+
+    size = len(next(iter(inputs.values())))
+    ids = inputs.get("input_ids", torch.zeros(size, 4, dtype=torch.long))
+    batch = Batch.of([Prompt(tuple(row)) for row in ids.tolist()])
+    if "decoder_input_ids" not in inputs:
+        return batch
+    decoder = Batch.of([Prompt(tuple(row)) for row in inputs["decoder_input_ids"].tolist()])
+    return replace(batch, decoder=decoder)
 
 
 def work() -> None:

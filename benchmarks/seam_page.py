@@ -23,6 +23,9 @@ class Outcome:
             `unfed`: no example input; `crash`: an error on the way.
         towers: name, layers with attention, layers, heads, how reached.
         reason: for all but `pass`, why, in one line.
+        equal: whether the output kept its bits with all readings installed.
+        observed_only: towers whose calls are not one for each prompt: no reading per prompt.
+        worst: largest deviation of any of the doctor's identities.
         partly: attention-like modules of a passing model that are not read.
     """
 
@@ -33,6 +36,7 @@ class Outcome:
     category: str = ""
     towers: list[tuple[str, int, int, int, str]] = field(default_factory=list)
     equal: bool | None = None
+    observed_only: list[str] = field(default_factory=list)
     worst: float | None = None
     reason: str = ""
     partly: list[str] = field(default_factory=list)
@@ -76,12 +80,14 @@ def page(outcomes: list[Outcome]) -> str:
         f"{transformers.__version__} name, {examined} could be built tiny and given an input on "
         f"this machine and have attention. **{len(good)} of these pass** ({len(families)} model "
         "families, with their text and vision towers where those are types of their own), without "
-        "code of ours for any of them.",
+        f"code of ours for any of them; {sum(bool(o.partly) for o in good)} of them also hold "
+        "attention of another kind, or for another input, that is not read.",
         "",
         "A type passes if, on a model with random weights,",
         "",
-        "1. every tensor of the output with all readings of every tower installed equals the "
-        "output without, bit for bit, and",
+        "1. every tensor of the output with all readings of every tower installed (mass on the "
+        "previous token, on a span and per key, entropy, distance, norm of z) equals the output "
+        "without, bit for bit, and",
         "2. `interp.load(model).doctor()` passes: each attention layer called as often as "
         "expected, rows summing to one (or to at most one, with learned sinks), pattern @ v equal "
         "to z, heads through W_O equal to the attention output, no mass on later tokens or on "
@@ -108,7 +114,8 @@ def page(outcomes: list[Outcome]) -> str:
         lines += [
             f"## {TITLES[category]}",
             "",
-            "Towers are given as layers × heads; k/n layers means that k of n have attention.",
+            "Towers are given as layers × heads; k/n layers means that k of n have attention, † "
+            "that the model holds attention that is not read (listed below).",
             "",
             "| type | class | towers | reached by | deviations |",
             "|---|---|---|---|---|",
@@ -119,6 +126,17 @@ def page(outcomes: list[Outcome]) -> str:
             ),
             "",
         ]
+    windows = [f"{o.type} ({', '.join(o.observed_only)})" for o in good if o.observed_only]
+    lines += [
+        "## Observed, without readings per prompt",
+        "",
+        "In these towers a call is not one prompt's: they attend by windows, over all images at "
+        "once, or call a layer in several rounds. Their calls are observed and pass the doctor; a "
+        "reading per prompt is refused with an error.",
+        "",
+        ", ".join(windows) + ".",
+        "",
+    ]
     partly = [o for o in good if o.partly]
     lines += [
         "## Passing, but not wholly read",
@@ -152,9 +170,10 @@ def _because(o: Outcome, reasons: dict[str, str]) -> str:
 
 
 def _towers(o: Outcome) -> str:
-    return ", ".join(
+    towers = ", ".join(
         f"{name} {n if k == n else f'{k}/{n}'}×{heads}" for name, k, n, heads, _ in o.towers
     )
+    return towers + (" †" if o.partly else "")
 
 
 def _short(reason: str) -> str:

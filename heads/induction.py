@@ -70,7 +70,6 @@ class Induction(ReadingDetector):
     def prepare(self, prompt: Prompt) -> Prompt:
         """The prompt with the queries on which copying is measured as a span."""
         pairs = Same(1).pairs(prompt)
-        pairs = pairs[pairs[:, 0] > pairs[:, 1]]
         rows = sorted(set(pairs[:, 0].tolist()))
         # Spread over the prompt; the last query has seen most copies.
         step = max(1, len(rows) // self.queries)
@@ -106,7 +105,7 @@ class Induction(ReadingDetector):
         for b, prompt in enumerate(batch.prompts):
             pairs = Same(1).pairs(prompt)
             # Pairs are sorted: the last one of a query belongs to its latest copy.
-            latest = {int(q): int(k) for q, k in pairs if q > k}
+            latest = {int(q): int(k) for q, k in pairs}
             rows = [i for i in prompt.positions(f"{_QUERIES}-{self.queries}") if i in latest]
             if not rows:
                 result[b] = float("nan")

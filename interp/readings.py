@@ -46,7 +46,7 @@ class Same(Relation):
     """Each query and, for every earlier copy of its token, the key `shift` after that copy.
 
     shift 0 is the duplicate-token relation, shift 1 the induction relation: the token that
-    followed an earlier copy. Queries without an earlier copy have no pair.
+    followed an earlier copy. Only keys before the query count, and queries without any have no pair.
     """
 
     shift: int = 0
@@ -62,7 +62,8 @@ class Same(Relation):
                 late, early = np.tril_indices(len(group), -1)
                 parts.append(np.stack([group[late], group[early] + self.shift], axis=1))
         pairs = np.concatenate(parts)
-        pairs = pairs[(pairs[:, 1] >= 0) & (pairs[:, 1] <= pairs[:, 0])]
+        # What followed a token repeated at once is the query itself: that is no look back.
+        pairs = pairs[(pairs[:, 1] >= 0) & (pairs[:, 1] < pairs[:, 0])]
         return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 

@@ -1,9 +1,9 @@
 """Probes on heads, all heads at once: what z tells, how surely, and recipes made from it.
 
-- `features`, `capture`: z of every head, kept or streamed;
+- `collect_features`, `capture`: z of every head, kept or streamed;
 - `HeadStatistics`: sums that any number of examples can be streamed into and merged;
 - `fit_ridge`, `fit_logistic`, `mean_difference`: fits and directions;
-- `validate`: held-out accuracy of every head with interval, null and control task;
+- `cross_validate`: held-out accuracy of every head with interval, null and control task;
 - `fit_iti`, `fit_mean_difference`, `function_vector`: recipes.
 """
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from probes.direction import mean_difference as mean_difference
     from probes.features import HeadFeatures as HeadFeatures
     from probes.features import capture as capture
-    from probes.features import features as features
-    from probes.function_vector import FunctionVector as FunctionVector
-    from probes.function_vector import function_vector as function_vector
+    from probes.features import collect_features as collect_features
+    from probes.functions import FunctionVector as FunctionVector
+    from probes.functions import function_vector as function_vector
     from probes.iti import fit_iti as fit_iti
     from probes.logistic import LogisticFit as LogisticFit
     from probes.logistic import fit_logistic as fit_logistic
@@ -30,28 +30,29 @@ if TYPE_CHECKING:
     from probes.shift import fit_mean_difference as fit_mean_difference
     from probes.statistics import HeadStatistics as HeadStatistics
     from probes.statistics import class_statistics as class_statistics
-    from probes.validate import validate as validate
+    from probes.validate import cross_validate as cross_validate
 
 _HOMES = {
     "PROBES": "probes.probe",
     "Directions": "probes.direction",
-    "FunctionVector": "probes.function_vector",
+    "FunctionVector": "probes.functions",
     "HeadFeatures": "probes.features",
     "HeadStatistics": "probes.statistics",
     "LogisticFit": "probes.logistic",
     "RidgeFit": "probes.ridge",
     "capture": "probes.features",
     "class_statistics": "probes.statistics",
+    "collect_features": "probes.features",
     "control_labels": "probes.control",
+    "cross_validate": "probes.validate",
     "fit_iti": "probes.iti",
     "fit_logistic": "probes.logistic",
     "fit_mean_difference": "probes.shift",
     "fit_ridge": "probes.ridge",
-    "function_vector": "probes.function_vector",
+    "function_vector": "probes.functions",
     "make_probe": "probes.probe",
     "mean_difference": "probes.direction",
     "ridge_from_statistics": "probes.ridge",
-    "validate": "probes.validate",
 }
 __all__ = sorted(_HOMES)
 

@@ -63,8 +63,10 @@ class HeadFeatures:
         if not len(self.owners) == len(self.ids) == n:
             raise InputError(f"features of {n} examples need as many owners and ids")
         # A sum is finite only if every term is, and takes no memory.
-        if n and not math.isfinite(float(self.x.double().sum())) and not bool(
-            torch.isfinite(self.x).all()
+        if (
+            n
+            and not math.isfinite(float(self.x.double().sum()))
+            and not bool(torch.isfinite(self.x).all())
         ):
             bad = torch.isfinite(self.x).all(dim=2).logical_not().nonzero()[0].tolist()
             raise InputError(
@@ -164,7 +166,7 @@ def capture(
         first += len(batch)
 
 
-def features(
+def collect_features(
     model: "Model",
     prompts: Iterable[Prompt] | Iterable[Batch],
     *,

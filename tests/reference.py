@@ -364,7 +364,7 @@ def related(relation: rd.Relation, tokens: Sequence[int]) -> list[tuple[int, int
                     pairs.append((i, j))
             elif isinstance(relation, rd.Same):
                 copy_at = j - relation.shift
-                if 0 <= copy_at < i and j <= i and tokens[copy_at] == tokens[i]:
+                if 0 <= copy_at < i and j < i and tokens[copy_at] == tokens[i]:
                     pairs.append((i, j))
     return pairs
 

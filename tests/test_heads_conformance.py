@@ -449,7 +449,7 @@ def copies(tokens, shift):
     """(query, keys after earlier copies) of every query that has some."""
     out = []
     for i in range(len(tokens)):
-        keys = [j + shift for j in range(i) if tokens[j] == tokens[i] and j + shift <= i]
+        keys = [j + shift for j in range(i) if tokens[j] == tokens[i] and j + shift < i]
         if keys:
             out.append((i, keys))
     return out
@@ -473,12 +473,9 @@ def ref_induction(detector, prompt):
     hf = whole_copy()
     with torch.no_grad():
         gain, w_u = hf.model.norm.weight.numpy(), hf.lm_head.weight.numpy()
-    # Queries on which copying is measured: from the last backwards, evenly spread. A copy of the
-    # token just before the query stands at the query itself: that is no key to copy from.
-    rows = [(i, [j for j in js if j < i]) for i, js in pairs]
-    rows = [(i, js) for i, js in rows if js]
-    step = max(1, len(rows) // detector.queries)
-    chosen = rows[::-1][::step][: detector.queries]
+    # Queries on which copying is measured: from the last backwards, evenly spread.
+    step = max(1, len(pairs) // detector.queries)
+    chosen = pairs[::-1][::step][: detector.queries]
     wrote = results(prompt.tokens)
     copying = np.full(prefix.shape, np.nan)
     for layer, head in np.ndindex(*prefix.shape):

@@ -1,12 +1,13 @@
 """Decoding against a loop that recomputes every step from the whole prompt, without a cache."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from reference import Whole, fresh, handle, prompt, whole
+from reference import Whole, fresh, fused, handle, opaque, prompt, registered, whole
 
 from interp.decode import Decoded, decode, generate
 from interp.errors import InputError, ModelError
@@ -63,13 +64,29 @@ def check(found: Decoded, b: int, family: str, one: Prompt, n: int, stop: set[in
     assert not found.top[b, :, :, : len(steps)].isnan().any()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> Iterator[None]:
+    with registered("opaque", opaque, "eager"), registered("fused", fused, "flash_attention_2"):
+        yield
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_equals_recomputing_every_step(family: str, use_cache: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "attn"),
+    [
+        *((family, attn_of(family)) for family in FAMILIES),
+        ("llama", "eager"),
+        ("llama", "opaque"),
+        ("gemma2", "opaque"),
+        ("gpt-oss", "opaque"),
+        ("mistral", "fused"),
+    ],
+)
+def test_decoding_equals_recomputing_every_step(family: str, attn: str, use_cache: bool) -> None:
     """Prompts longer than the sliding window, one of them padded on the left."""
     made = [prompt(14, 3), prompt(11, 4)]
     batch = Batch.of(made, side="left")
-    model = handle(family, attn_of(family))
+    model = handle(family, attn)
     found = decode(model, batch, max_new_tokens=STEPS, use_cache=use_cache)
     assert found.top.shape == found.mass.shape == (2, 2, 4, STEPS)
     for b, one in enumerate(made):

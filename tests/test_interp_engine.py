@@ -212,13 +212,18 @@ def test_few_heads_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         compare(answers, full, "text", batch, batch, causal=True)
 
 
+@pytest.mark.parametrize("lengths", [(20, 13), (20, 20)])
 @pytest.mark.parametrize("back", [-2, -1, 0, 2])
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_relations_may_point_forward(family: str, back: int) -> None:
-    """A later key has no mass in a causal model and some in another."""
-    batch = batch_of((20, 13), "left")
+@pytest.mark.parametrize(
+    ("family", "attn"), [("llama", "sdpa"), ("llama", "opaque"), ("bert", "sdpa")]
+)
+def test_relations_may_point_forward(
+    family: str, attn: str, back: int, lengths: tuple[int, ...]
+) -> None:
+    """A later key has no mass in a causal model, masked or not, and some in another."""
+    batch = batch_of(lengths, "left")
     reading = rd.PairMass(rd.Offset(back))
-    answer = read(handle(family, "sdpa"), batch, {"x": reading})["x"].values.numpy()
+    answer = read(handle(family, attn), batch, {"x": reading})["x"].values.numpy()
     full = whole(family, batch.inputs())
     want = naive(reading, full, "text", batch, batch, causal=family != "bert")
     np.testing.assert_allclose(answer, want, atol=1e-5)

@@ -1,6 +1,7 @@
 """The seam: every bit of the output kept, nothing left behind, any nesting and closing order."""
 
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from interp import readings as rd
 from interp.engine import read, read_with_output
 from interp.model import Model
+from interp.seam import kernel
 from interp.seam.calls import AttnCall
 
 KINDS = [
@@ -105,6 +107,39 @@ def test_every_bit_at_every_length(n: int, dtype: torch.dtype) -> None:
     assert len(calls) == 2
     if n in (64, 130) and dtype == torch.float32:
         assert all(call.extra is not None for call in calls)
+
+
+def _placed(gen: torch.Generator, heads: int, n: int, d: int, style: int) -> Tensor:
+    """A tensor [1, head, n, d] laid out as models do, or (styles 3 on) as views may be."""
+    if style == 0:
+        return torch.randn(1, heads, n, d, generator=gen)
+    if style == 1:
+        return torch.randn(1, n, heads, d, generator=gen).transpose(1, 2)
+    x = torch.randn(1, n, 3 * heads * d + 8, generator=gen)
+    at = {2: heads * d, 3: 1, 4: 3, 5: 8}[style]
+    return x[..., at : at + heads * d].unflatten(-1, (heads, d)).transpose(1, 2)
+
+
+def test_columns_are_appended_only_where_no_layout_changes_a_bit() -> None:
+    """Shapes around the kernel's blocks, tensors at even and odd places in memory."""
+    pick = random.Random(0)
+    gen = torch.Generator().manual_seed(0)
+    used = unsafe = 0
+    for _ in range(600):
+        d = pick.choice([8, 12, 16, 24, 32, 64, 80, 128])
+        n = pick.choice([5, 9, 17, 31, 33, 64, 65, 66, 67, 70, 97, 129, 193, 194, 257, 258])
+        style, heads, width = pick.randrange(6), pick.choice([1, 2, 3]), pick.choice([1, 3, 8])
+        q, k, v = (_placed(gen, heads, n, d, style) for _ in range(3))
+        columns = torch.rand(1, n, width, generator=gen)
+        plain, lse, _ = kernel.flash(q, k, v, None, True, d**-0.5, [])
+        out, same, _ = kernel.flash(q, k, v, None, True, d**-0.5, [columns])
+        equal = torch.equal(plain, out) and torch.equal(lse, same)
+        unsafe += not equal
+        shape = (d, width, n, n, True, False, torch.float32, torch.get_num_threads())
+        if kernel.in_whole_vectors(q, k, v) and kernel.appending_keeps_bits(*shape):
+            used += 1
+            assert equal, (d, n, style, heads, width)
+    assert used > 100 and unsafe > 50
 
 
 def test_gradients_keep_every_bit() -> None:

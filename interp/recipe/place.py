@@ -1,7 +1,7 @@
 """Which tokens a forward is about: absolute positions under caches, padding and beams."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from interp.prompts import Batch, Prompt
 from interp.recipe.where import Positions
 
 Spans = Batch | Sequence[Prompt] | Mapping[str, Any] | None
+Prompts = tuple[Prompt, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """Columns of a padded sequence, and what is known of each row.
 
@@ -25,7 +26,9 @@ class Frame:
         past: columns before this forward.
         fed: columns of this forward.
         ids: [batch, past + fed] token ids so far, or None.
-        prompts: the prompts, each for batch / len(prompts) consecutive rows.
+        bound: for each recipe that is on, its prompts, each for batch / len(prompts) consecutive
+            rows.
+        known: selections made already.
     """
 
     offsets: Tensor
@@ -34,42 +37,67 @@ class Frame:
     past: int
     fed: int
     ids: Tensor | None
-    prompts: tuple[Prompt, ...]
+    bound: tuple[Prompts, ...]
+    known: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
-    def queries(self, positions: Positions) -> Tensor | None:
-        """[batch, fed] which fed tokens are selected; None for all of them."""
-        if positions.everywhere:
-            return None
-        return self.select(positions, self.past, self.past + self.fed)
+    @property
+    def total(self) -> int:
+        """Columns so far."""
+        return self.past + self.fed
 
-    def keys(self, positions: Positions, n_key: int) -> Tensor:
-        """[batch, n_key] which keys are selected."""
-        total = self.past + self.fed
-        # A static cache has room to spare at its end, a sliding one has lost its beginning.
-        start = 0 if n_key >= total else total - n_key
-        return self.select(positions, start, start + n_key)
+    @property
+    def step(self) -> int:
+        """The decoding step; 0 is the prompt."""
+        return self.step_of(self.total - 1)
 
-    def select(self, positions: Positions, start: int, stop: int) -> Tensor:
-        """[batch, stop - start] which columns are selected; padding never is."""
+    def step_of(self, column: int) -> int:
+        """The step at which a column is fed for the first time; 0 for the prompt."""
+        return max(0, column - self.width + 1)
+
+    def first_of(self, n: int, *, keys: bool) -> int:
+        """The first column of a tensor that holds n of them."""
+        # A static cache has room to spare at its end, a sliding one has lost its beginning; of
+        # queries, some sites keep the last ones only.
+        return 0 if keys and n >= self.total else self.total - n
+
+    def select(self, positions: Positions, owner: int, start: int, n: int) -> Tensor:
+        """[batch, n] which columns from `start` on are selected; padding never is.
+
+        Raises:
+            SpanError: a span is not bound, or a prompt lacks it.
+            InputError: an index outside every prompt, or token ids that are not known.
+        """
+        key = (positions, owner, start, n)
+        if key not in self.known:
+            self.known[key] = self._select(positions, owner, start, start + n)
+        return self.known[key]
+
+    def _select(self, positions: Positions, owner: int, start: int, stop: int) -> Tensor:
         column = torch.arange(start, stop, device=self.offsets.device)[None]
         place = column - self.offsets[:, None]
         made = column >= self.width
         real = made | ((place >= 0) & (place < self.lengths[:, None]))
         # A produced token follows the prompt's last real one.
         place = torch.where(made, column - self.width + self.lengths[:, None], place)
-        chosen = self._chosen(positions, place, made, start, stop)
+        chosen = self._chosen(positions, owner, place, made, start, stop)
         if positions.exclude is not None:
-            chosen &= ~self._chosen(positions.exclude, place, made, start, stop)
+            chosen &= ~self._chosen(positions.exclude, owner, place, made, start, stop)
         return chosen & real
 
     def _chosen(
-        self, wanted: Positions, place: Tensor, made: Tensor, start: int, stop: int
+        self, wanted: Positions, owner: int, place: Tensor, made: Tensor, start: int, stop: int
     ) -> Tensor:
         out = torch.zeros_like(place, dtype=torch.bool)
         if wanted.prompt == "all":
             out |= ~made
         elif wanted.prompt:
+            longest = int(self.lengths.max())
             for i in (int(x) for x in wanted.prompt):
+                if not -longest <= i < longest:
+                    raise InputError(
+                        f"a position of the prompt must lie in one; got {i}, and the longest "
+                        f"prompt has {longest} tokens"
+                    )
                 out |= place == (i if i >= 0 else self.lengths[:, None] + i)
             out &= ~made
         if wanted.generated == "all":
@@ -81,18 +109,22 @@ class Frame:
         if wanted.window:
             out |= (place >= wanted.window[0]) & (place < wanted.window[1])
         for name in wanted.spans:
-            out |= self._span(name, place)
+            out |= self._span(name, owner, place)
         if wanted.tokens:
             if self.ids is None:
-                raise InputError("positions by token need input_ids; this forward got embeddings")
+                raise InputError(
+                    "positions by token need the ids of all tokens so far; this forward got "
+                    "embeddings, or began with a cache"
+                )
             ids = torch.full_like(place, -1)
             upto = min(stop, self.ids.shape[1])
             ids[:, : max(0, upto - start)] = self.ids[:, start:upto]
             out |= torch.isin(ids, torch.tensor(wanted.tokens, device=ids.device))
         return out
 
-    def _span(self, name: str, place: Tensor) -> Tensor:
-        rows, n = place.shape[0], len(self.prompts)
+    def _span(self, name: str, owner: int, place: Tensor) -> Tensor:
+        prompts = self.bound[owner] if owner < len(self.bound) else ()
+        rows, n = place.shape[0], len(prompts)
         if n == 0:
             raise SpanError(
                 f"span {name!r} must be bound before it is used",
@@ -102,7 +134,7 @@ class Frame:
             raise InputError(f"{rows} rows are run, but spans are bound for {n} prompts")
         out = torch.zeros_like(place, dtype=torch.bool)
         for row in range(rows):
-            for first, last in self.prompts[row // (rows // n)].span(name):
+            for first, last in prompts[row // (rows // n)].span(name):
                 out[row] |= (place[row] >= first) & (place[row] < last)
         return out
 
@@ -110,108 +142,175 @@ class Frame:
 class Tracker:
     """Follows the forwards of one model, so that positions stay absolute.
 
+    A forward with a filled cache goes on with the sequence before it. So does one without a cache
+    whose rows are those of the forward before, each one token longer: generation without a cache
+    looks like that. Every other forward is a new prompt, up to the width of a bound `Batch` that
+    begins with the same tokens.
+
     Args:
-        spans: the batch or prompts that will be run, or one mapping of names to ranges for all.
+        encoder_decoder: whether the model reads its prompts with an encoder; then spans are those
+            of the encoder's prompts, and of `Batch.decoder` for the decoder.
+
+    Attributes:
+        frame: of the current forward of the decoder, or None if its tokens are not known.
+        source: of the encoder's input, or None.
     """
 
-    def __init__(self, spans: Spans = None) -> None:
-        self.batch = spans if isinstance(spans, Batch) else None
-        self.prompts = _prompts(spans)
-        self.step = 0
+    def __init__(self, *, encoder_decoder: bool) -> None:
+        self.encoder_decoder = encoder_decoder
         self.frame: Frame | None = None
+        self.source: Frame | None = None
+        self._spans: list[Spans] = []
 
-    def before(self, kwargs: Mapping[str, Any], args: tuple[Any, ...], *, decoder: bool) -> None:
-        """Take note of a forward of the whole model."""
-        prefix = "decoder_" if decoder else ""
-        ids = kwargs.get(f"{prefix}input_ids")
-        if ids is None and args and not decoder:
-            ids = args[0]
-        embeds = kwargs.get(f"{prefix}inputs_embeds")
-        fed = ids if ids is not None else embeds
-        if fed is None or fed.dim() < 2:
+    def bind(self, spans: Sequence[Spans]) -> None:
+        """The spans of the recipes that are on; None stands for those of the recipe before."""
+        self._spans = []
+        for given in spans:
+            inherited = self._spans[-1] if self._spans else None
+            self._spans.append(inherited if given is None else given)
+        if self.frame is not None:
+            self.frame = replace(self.frame, bound=self._bound(decoder=True), known={})
+        if self.source is not None:
+            self.source = replace(self.source, bound=self._bound(decoder=False), known={})
+
+    def before(self, given: Mapping[str, Any]) -> Tensor | None:
+        """Take note of a forward of the whole model, given its arguments by name.
+
+        Returns:
+            None if this is a new prompt; else [batch], for each row the row before that it
+            continues.
+        """
+        prefix = "decoder_" if self.encoder_decoder else ""
+        ids = given.get(f"{prefix}input_ids")
+        fed = ids if ids is not None else given.get(f"{prefix}inputs_embeds")
+        if not isinstance(fed, Tensor) or fed.dim() < 2:
             self.frame = None
-            return
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = kwargs.get(f"{prefix}attention_mask")
-        last = self.frame
-        if past:
-            more = ids if ids is not None else None
-            known = None if last is None or last.ids is None or more is None else last.ids
-            history = (
-                None if known is None or more is None
-                else torch.cat([known[:, :past], more.to(known)], 1)
-                if known.shape[0] == more.shape[0] and known.shape[1] >= past else None
-            )  # fmt: skip
-            first = last if last is not None else self._first(fed, past, None, mask)
-            if past >= first.width:
-                self.step += 1
-            self.frame = self._next(first, past, fed.shape[1], history, fed.shape[0])
-        elif self._continues(ids):
-            assert last is not None
-            self.step += 1
-            self.frame = self._next(last, 0, fed.shape[1], ids, fed.shape[0])
-        else:
-            self.step = 0
-            self.frame = self._first(fed, fed.shape[1], ids, mask)
-
-    def _continues(self, ids: Tensor | None) -> bool:
-        """Whether this is the same sequence one token longer, run without a cache."""
-        before = None if self.frame is None else self.frame.ids
-        return (
-            ids is not None
-            and before is not None
-            and ids.shape == (before.shape[0], before.shape[1] + 1)
-            and torch.equal(ids[:, :-1], before)
-        )
-
-    def _first(self, fed: Tensor, width: int, ids: Tensor | None, mask: Tensor | None) -> Frame:
-        rows, device = fed.shape[0], fed.device
-        if self._decoding_batch is not None:
-            width = self._decoding_batch.input_ids.shape[1]
-        offsets = torch.zeros(rows, dtype=torch.long, device=device)
-        lengths = torch.full((rows,), width, dtype=torch.long, device=device)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == rows:
-            real = mask[:, :width].bool()
-            offsets = real.long().argmax(1)
-            lengths = real.sum(1)
-        return Frame(offsets, lengths, width, 0, fed.shape[1], ids, self.prompts)
-
-    @property
-    def _decoding_batch(self) -> Batch | None:
-        if self.batch is None:
             return None
-        return self.batch.decoder if self.batch.decoder is not None else self.batch
+        rows, n = fed.shape[:2]
+        mask = given.get(f"{prefix}attention_mask")
+        past = cached(given.get("past_key_values"))
+        last = self.frame
+        order = None
+        if past:
+            if last is None or past > last.total or rows % len(last.offsets):
+                self.frame = self._first(fed, None, mask, past, decoder=True)
+                return None
+            times = rows // len(last.offsets)
+            order = torch.arange(rows, device=fed.device) // times
+            known = last.ids is not None and ids is not None
+            history = torch.cat([last.ids[order, :past], ids], 1) if known else None  # type: ignore[index,list-item]
+            last = _reordered(last, order)
+            self.frame = replace(last, past=past, fed=n, ids=history, known={})
+            return order
+        order = self._continued(ids)
+        if order is not None and last is not None:
+            self.frame = replace(_reordered(last, order), past=0, fed=n, ids=ids, known={})
+        else:
+            self.frame = self._first(fed, ids, mask, 0, decoder=True)
+        return order
 
-    def _next(self, first: Frame, past: int, fed: int, ids: Tensor | None, rows: int) -> Frame:
-        offsets, lengths = first.offsets, first.lengths
-        if rows != len(offsets) and rows % len(offsets) == 0:
-            offsets = offsets.repeat_interleave(rows // len(offsets))
-            lengths = lengths.repeat_interleave(rows // len(lengths))
-        return Frame(offsets, lengths, first.width, past, fed, ids, self.prompts)
+    def before_encoder(self, given: Mapping[str, Any]) -> None:
+        """Take note of a forward of the encoder."""
+        ids = given.get("input_ids")
+        fed = ids if ids is not None else given.get("inputs_embeds")
+        if not isinstance(fed, Tensor) or fed.dim() < 2:
+            self.source = None
+            return
+        self.source = self._first(fed, ids, given.get("attention_mask"), 0, decoder=False)
+
+    def reorder(self, order: Tensor) -> None:
+        """Beams were chosen: row i goes on with what row order[i] was."""
+        if self.frame is not None and len(order) == len(self.frame.offsets):
+            ids = self.frame.ids
+            ids = None if ids is None else ids[order.to(ids.device)]
+            self.frame = replace(_reordered(self.frame, order), ids=ids)
+
+    def _continued(self, ids: Tensor | None) -> Tensor | None:
+        """The rows that these continue by one token, run without a cache; None if they do not."""
+        last = self.frame
+        if ids is None or last is None or last.past or last.ids is None:
+            return None
+        if ids.shape != (last.ids.shape[0], last.ids.shape[1] + 1):
+            return None
+        if torch.equal(ids[:, :-1], last.ids):
+            return torch.arange(len(ids), device=ids.device)
+        same = (ids[:, None, :-1] == last.ids[None]).all(-1)  # beams change places
+        return same.int().argmax(1) if bool(same.any(1).all()) else None
+
+    def _first(
+        self, fed: Tensor, ids: Tensor | None, mask: Any, past: int, *, decoder: bool
+    ) -> Frame:
+        rows, n = fed.shape[:2]
+        width, real = past or n, None
+        batch = self._batch(decoder=decoder)
+        if batch is not None and rows % len(batch) == 0:
+            times = rows // len(batch)
+            wanted = batch.input_ids.to(fed.device).repeat_interleave(times, 0)
+            shared = min(n, wanted.shape[1])
+            if ids is None or torch.equal(ids[:, :shared], wanted[:, :shared]):
+                width = wanted.shape[1]
+                real = batch.attention_mask.to(fed.device).repeat_interleave(times, 0).bool()
+        if isinstance(mask, Tensor) and mask.shape[:1] == (rows,) and mask.dim() == 2:
+            real = mask[:, :width].bool() if mask.shape[1] >= width else real
+        if real is None:
+            real = torch.ones(rows, width, dtype=torch.bool, device=fed.device)
+        bound = self._bound(decoder=decoder)
+        return Frame(real.long().argmax(1), real.sum(1), width, past, n, ids, bound)
+
+    def _batch(self, *, decoder: bool) -> Batch | None:
+        for spans in reversed(self._spans):
+            if isinstance(spans, Batch):
+                return spans.decoder if decoder and self.encoder_decoder else spans
+        return None
+
+    def _bound(self, *, decoder: bool) -> tuple[Prompts, ...]:
+        return tuple(self._prompts(s, decoder=decoder) for s in self._spans)
+
+    def _prompts(self, spans: Spans, *, decoder: bool) -> Prompts:
+        if decoder and self.encoder_decoder:
+            inner = spans.decoder if isinstance(spans, Batch) else None
+            return () if inner is None else inner.prompts
+        return read_spans(spans)
 
 
-def still(rows: int, n: int, device: torch.device, batch: Batch | None) -> Frame:
-    """The frame of a tower that reads everything at once, such as an encoder."""
+def _reordered(frame: Frame, order: Tensor) -> Frame:
+    order = order.to(frame.offsets.device)
+    return replace(
+        frame, offsets=frame.offsets[order], lengths=frame.lengths[order], known={}
+    )  # fmt: skip
+
+
+def cached(cache: Any) -> int:
+    """Columns that a cache holds."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def still(rows: int, n: int, device: torch.device) -> Frame:
+    """The frame of a tower whose positions are no tokens of a prompt, such as image patches."""
     offsets = torch.zeros(rows, dtype=torch.long, device=device)
     lengths = torch.full((rows,), n, dtype=torch.long, device=device)
-    prompts: tuple[Prompt, ...] = ()
-    ids = None
-    if batch is not None and batch.input_ids.shape == (rows, n):
-        offsets = torch.tensor(batch.offsets, device=device)
-        lengths = torch.tensor([len(p) for p in batch.prompts], device=device)
-        prompts, ids = batch.prompts, batch.input_ids
-    return Frame(offsets, lengths, n, 0, n, ids, prompts)
+    return Frame(offsets, lengths, n, 0, n, None, ())
 
 
-def _prompts(spans: Spans) -> tuple[Prompt, ...]:
+def repeated(frame: Frame, rows: int) -> Frame:
+    """The frame of an encoder's input for more rows: beams of one prompt follow one another."""
+    n = len(frame.offsets)
+    if rows == n or rows % n:
+        return frame
+    order = torch.arange(rows, device=frame.offsets.device) // (rows // n)
+    ids = None if frame.ids is None else frame.ids[order]
+    return replace(_reordered(frame, order), ids=ids)
+
+
+def read_spans(spans: Spans) -> Prompts:
+    """The prompts that spans are given by; one mapping of names to ranges holds for every row."""
     if spans is None:
         return ()
     if isinstance(spans, Batch):
-        return (spans.decoder or spans).prompts
+        return spans.prompts
     if isinstance(spans, Mapping):
         ranges = {
-            name: tuple(r) if r and not isinstance(r[0], int) else (tuple(r),)
+            name: tuple(tuple(x) for x in r) if r and not isinstance(r[0], int) else (tuple(r),)
             for name, r in spans.items()
         }
         end = max((stop for rs in ranges.values() for _, stop in rs), default=1)

@@ -6,6 +6,7 @@ norm stands between, and whatever the projection is called. Modules that look li
 are not reached are named, never silently skipped.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -162,7 +163,7 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
         size = len(next(iter(inputs.values())))
         with _tracing(model), _projections(model, names, found), _listen(rest, found, size):
             model(**inputs)
-    if getattr(model, "main_input_name", None) == "pixel_values":
+    if _main_input(model) == "pixel_values":
         # Vision models see fewer keys by pooling their own patches: that is no other sequence.
         for name, entry in found.items():
             entry.cross = entry.cross and _is_cross(name, 0, 0)
@@ -396,10 +397,18 @@ def _indices(model: nn.Module, stack: str, members: list[str]) -> tuple[list[int
     return list(range(len(members))), len(members)
 
 
+def _main_input(model: nn.Module) -> str:
+    """What a model reads; a vision tower by itself may say `input_ids`, which it does not take."""
+    main = getattr(model, "main_input_name", "input_ids")
+    names = list(inspect.signature(model.forward).parameters)
+    sees = any(re.search(r"^pixel|grid_thw", name) for name in names)
+    return "pixel_values" if main not in names and sees else str(main)
+
+
 def _tower_name(model: nn.Module, stack: str, cross: bool) -> str:
     if cross:
         return "cross"
-    main = getattr(model, "main_input_name", "input_ids")
+    main = _main_input(model)
     if re.search(r"vision|visual|image|\bvit\b|vit_|pixel", stack) or (
         main == "pixel_values" and not re.search(r"text|language|decoder", stack)
     ):
