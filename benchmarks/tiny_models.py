@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.tiny_overrides import CLASSES, OVERRIDES, SKIPPED
+from benchmarks.tiny_overrides import OVERRIDES
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 64, 4, 2, 16, 96, 256
 MAX_PARAMETERS = 40_000_000
@@ -243,8 +243,6 @@ def model_class(model_type: str) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    if model_type in CLASSES:
-        return getattr(transformers, CLASSES[model_type])
     for mapping in (
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -261,7 +259,7 @@ def model_class(model_type: str) -> Any:
 
 
 def model_types() -> list[str]:
-    """Every model type that an auto class can build, those of `SKIPPED` left out."""
+    """Every model type that an auto class can build."""
     from transformers.models.auto import modeling_auto as auto
 
     types = {
@@ -272,7 +270,7 @@ def model_types() -> list[str]:
         *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     }
-    return sorted(types - set(SKIPPED))
+    return sorted(types)
 
 
 def tiny_model(model_type: str, *, attn: str | None = None) -> nn.Module:

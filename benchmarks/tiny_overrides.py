@@ -189,7 +189,3 @@ REASONS: dict[str, str] = {
     "wavlm": "one fused torch function makes attention and output projection",
     "yoso": "a sampled approximation of attention without a pattern",
 }
-
-CLASSES: dict[str, str] = {}
-
-SKIPPED: dict[str, str] = {}

@@ -11,7 +11,7 @@ open, and the model's own forward does the rest.
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from interp.errors import DeviceError, InputError
 from interp.prompts import Batch
-from interp.seam.blocks import block_names
+from interp.seam.blocks import block_names, on_input
 from interp.seam.calls import AttnCall
 from interp.seam.structure import Layer
 
@@ -60,6 +60,7 @@ class Replay:
         logits: [batch, d_vocab] at the last token.
         kept: attention module to what it did.
         blocks: names of the tower's blocks.
+        entry: [batch, pos, d_model], the residual stream that enters the first block.
 
     Raises:
         InputError: the batch is padded on the right.
@@ -105,6 +106,7 @@ class Replay:
                 stack.callback(
                     module.register_forward_hook(note(self._attention, layer.name)).remove
                 )
+            stack.callback(on_input(hf.get_submodule(self.blocks[0]), self._note_entry))
             stack.enter_context(self.model.observe_output(self._note_z))
             stack.enter_context(self.model.observe(self._note_call))
             self.logits = self._forward(self.batch.inputs())
@@ -116,6 +118,9 @@ class Replay:
             self.kept[layer.name] = Kept(
                 z, self._calls.get(layer.name), output, torch.equal(made, first)
             )
+
+    def _note_entry(self, x: Tensor) -> None:
+        self.entry = x
 
     def _note_z(self, layer: Layer, site: Tensor) -> None:
         self._z[layer.name] = site
@@ -146,6 +151,10 @@ class Replay:
         start: int = 0,
         freeze: bool = False,
         record: "Record | None" = None,
+        overlays: "Mapping[str, Overlay] | None" = None,
+        inputs: "Mapping[str, Inputs] | None" = None,
+        ids: Tensor | None = None,
+        freeze_mlps: bool = False,
     ) -> Float[Tensor, "copy batch d_vocab"]:
         """Logits at the last token of many patched runs.
 
@@ -155,16 +164,35 @@ class Replay:
             copies: number of runs.
             start: first position that differs from the kept run.
             freeze: keep the z of all other attention layers as in the kept run.
-            record: collects what later attention layers do.
+            record: collects what later attention layers do; a frozen layer that it asks for still
+                computes its q, k and v.
+            overlays: attention module to a z for some of its heads, the others being live.
+            inputs: attention module to what becomes of its q, k and v, rows being copies × batch.
+            ids: [batch, pos] other token ids to run all copies on, all positions.
+            freeze_mlps: keep what the blocks add beside attention as in the kept run.
 
         Raises:
             DeviceError: the runs do not fit into memory.
+            InputError: part of the run is given for the last positions only, which this model
+                cannot run on their own, or nothing is changed.
         """
-        first = min(self._block_of(name) for name in changes)
+        changed = {*changes, *(overlays or {}), *(inputs or {})}
+        if not changed and ids is None:
+            raise InputError("a replay needs something that is changed; got nothing")
+        first = 0 if ids is not None else min(self._block_of(name) for name in changed)
         if start and not self.suffix_works:
+            if overlays or inputs or ids is not None:
+                raise InputError(
+                    f"the end of a prompt does not run on its own on {self.model.name}",
+                    hint="give z, q, k and v of all positions",
+                )
             whole = {n: self._widened(n, z, start) for n, z in changes.items()}
-            return self.rerun(whole, copies=copies, freeze=freeze, record=record)
-        inputs = self._inputs(copies, start)
+            return self.rerun(
+                whole, copies=copies, freeze=freeze, record=record, freeze_mlps=freeze_mlps
+            )
+        given = self._inputs(copies, start)
+        if ids is not None:
+            given["input_ids"] = _expand(ids[:, start:], copies).flatten(0, 1)
         try:
             with ExitStack() as stack:
                 for i in range(first):
@@ -172,19 +200,48 @@ class Replay:
                 for layer in self.tower.layers:
                     if self._block_of(layer.name) < first:
                         continue
+                    runs = record is not None and layer.name in record.layers
                     if layer.name in changes:
-                        stack.enter_context(self._patched(layer, changes[layer.name]))
+                        stack.enter_context(self._patched(layer, changes[layer.name], runs=runs))
+                    elif overlays and layer.name in overlays:
+                        stack.enter_context(self._overlaid(layer, overlays[layer.name]))
                     elif freeze:
                         z = _expand(self.kept[layer.name].z[:, start:], copies)
-                        stack.enter_context(self._patched(layer, z))
+                        stack.enter_context(self._patched(layer, z, runs=runs))
+                if freeze_mlps:
+                    stack.enter_context(self._mlps_frozen(first, copies, start))
                 if record is not None:
                     stack.enter_context(record.listening(self))
-                logits = self._forward(inputs)
+                if inputs:
+                    stack.enter_context(self._inputs_edited(inputs))
+                logits = self._forward(given)
         except torch.OutOfMemoryError as error:  # pragma: no cover - needs an accelerator
             raise DeviceError(
                 f"{copies} patched runs of {len(self.batch)} prompts do not fit into memory",
                 hint="use a smaller batch",
             ) from error
+        return logits.view(copies, len(self.batch), -1)
+
+    def leaving(self, block: int) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that left a block in the kept run."""
+        return _first(self._outputs[block])
+
+    @torch.no_grad()
+    def finish(
+        self, resid: Float[Tensor, "copy batch d_model"]
+    ) -> Float[Tensor, "copy batch d_vocab"]:
+        """Logits at the last token had this residual stream left the last block there."""
+        copies = resid.shape[0]
+        start = self.n_pos - 1 if self.suffix_works else 0
+        last = len(self.blocks) - 1
+        value = _map(self._outputs[last], lambda x: self._like_hidden(x, copies, start).clone())
+        _first(value)[:, -1] = resid.flatten(0, 1)
+        with ExitStack() as stack:
+            for i in range(last):
+                stack.enter_context(self._answering(i, copies, start))
+            block = self.model.hf.get_submodule(self.blocks[last])
+            stack.enter_context(_forward_as(block, lambda *a, **k: value))
+            logits = self._forward(self._inputs(copies, start))
         return logits.view(copies, len(self.batch), -1)
 
     def _block_of(self, name: str) -> int:
@@ -250,12 +307,95 @@ class Replay:
         return x
 
     @contextmanager
-    def _patched(self, layer: Layer, z: Tensor) -> Iterator[None]:
-        """An attention module whose z is given: [copy, batch, pos, head, d_v]."""
+    def _overlaid(self, layer: Layer, overlay: "Overlay") -> Iterator[None]:
+        """An attention module that runs, with the z of some heads given."""
+        value = overlay.z.flatten(0, 1)
+        chosen = overlay.heads[:, None].expand(-1, len(self.batch), -1).flatten(0, 1)
+
+        def put(live: Layer, z: Tensor) -> Tensor | None:
+            if live.name != layer.name:
+                return None
+            return torch.where(chosen[:, None, :, None], value.to(z), z)
+
+        with self.model.observe_output(put):
+            yield
+
+    @contextmanager
+    def _inputs_edited(self, inputs: "Mapping[str, Inputs]") -> Iterator[None]:
+        """Attention modules whose q, k and v are changed before the kernel runs."""
+
+        def editor(
+            name: str, q: Tensor, k: Tensor, v: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor] | None:
+            return inputs[name](q, k, v) if name in inputs else None
+
+        with self.model.observe(lambda call: None, inputs=editor):
+            yield
+
+    @cached_property
+    def _beside(self) -> dict[str, tuple[Any, Tensor | None]]:
+        """Children of blocks that hold weights and no attention: their output in the kept run.
+
+        Where such a module is also handed the residual stream and adds it to its output (BLOOM),
+        the stream it was handed comes second.
+        """
+        hf, out = self.model.hf, {}
+        names = [
+            f"{block}.{child}"
+            for block in self.blocks
+            for child, module in hf.get_submodule(block).named_children()
+            if any(p.dim() > 1 for p in module.parameters())
+            and not any(
+                f"{x.name}.".startswith(f"{block}.{child}.") for x in self.tower.layers
+            )
+        ]  # fmt: skip
+
+        def note(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                second = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
+                if second is not None and isinstance(output, Tensor):
+                    alone = type(module).forward(module, args[0], torch.zeros_like(second))
+                    adds = torch.allclose(alone + second, output, atol=1e-4)
+                    second = second if adds else None
+                out[name] = (output, second)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(hf.get_submodule(name).register_forward_hook(note(name)).remove)
+            self._forward(self.batch.inputs())
+        return out
+
+    @contextmanager
+    def _mlps_frozen(self, first: int, copies: int, start: int) -> Iterator[None]:
+        """Blocks from `first` on add beside attention what they added in the kept run."""
+
+        def answering(value: Any, residual: Tensor | None) -> Any:
+            value = _map(value, lambda x: self._like_hidden(x, copies, start))
+            if residual is None:
+                return lambda *args, **kwargs: value
+            kept = self._like_hidden(residual, copies, start)
+            return lambda hidden, live: value + (live - kept)
+
+        late = tuple(f"{name}." for name in self.blocks[first:])
+        with ExitStack() as stack:
+            for name, (value, residual) in self._beside.items():
+                if name.startswith(late):
+                    module = self.model.hf.get_submodule(name)
+                    stack.enter_context(_forward_as(module, answering(value, residual)))
+            yield
+
+    @contextmanager
+    def _patched(self, layer: Layer, z: Tensor, *, runs: bool = False) -> Iterator[None]:
+        """An attention module whose z is given: [copy, batch, pos, head, d_v].
+
+        Where it `runs`, it still computes q, k and v for those who listen.
+        """
         kept = self.kept[layer.name]
         hf = self.model.hf
         flat = z.flatten(0, 1)
-        if kept.plain:
+        if kept.plain and not runs:
             projection = hf.get_submodule(layer.projection)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -331,28 +471,59 @@ def _z(call: AttnCall, b: int, heads: slice, pattern: Tensor | None) -> Tensor:
     return (p @ call.v[b, index].to(p.dtype)).transpose(0, 1).to(call.z.dtype)
 
 
+Inputs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Given q, k and v as in `AttnCall`, other q, k and v of the same shapes."""
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Z of some heads of a layer.
+
+    Attributes:
+        z: [copy, batch, pos, head, d_v] of every head; those not chosen are not looked at.
+        heads: [copy, head] which heads get their z from here.
+    """
+
+    z: Tensor
+    heads: Tensor
+
+
 class Record:
-    """Collects the attention calls of a rerun, and the hidden states at chosen blocks.
+    """Collects the attention calls of a rerun, and z.
+
+    Args:
+        layers: attention modules to run although their z is given.
 
     Attributes:
         calls: attention module to its call, rows being copies × batch.
+        z: attention module to z as the output projection received it, rows likewise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Collection[str] = ()) -> None:
+        self.layers = frozenset(layers)
         self.calls: dict[str, AttnCall] = {}
+        self.z: dict[str, Tensor] = {}
 
     @contextmanager
     def listening(self, replay: Replay) -> Iterator[None]:
         """Listen while the context is open."""
-        with replay.model.observe(self._note):
+        with replay.model.observe(self._note), replay.model.observe_output(self._note_z):
             yield
 
     def _note(self, call: AttnCall) -> None:
         self.calls[call.name] = call
 
+    def _note_z(self, layer: Layer, z: Tensor) -> None:
+        self.z[layer.name] = z
+
 
 def _expand(x: Tensor, copies: int) -> Tensor:
     return x[None].expand(copies, *x.shape)
+
+
+def _first(value: Any) -> Tensor:
+    """The first tensor of a nested output: the hidden states."""
+    return value if isinstance(value, Tensor) else _first(value[0])
 
 
 def _map(value: Any, change: Any) -> Any:

@@ -122,9 +122,8 @@ def head_effects(
     Raises:
         InputError: an unknown direction, or clean and corrupted runs with equal metric.
     """
-    units, granularity = _units(model, tower, site, heads)
-    data = _data(model, pairs, metric, batch_size, tower)
-    _check(direction)
+    units, granularity = units_of(model, tower, site, heads)
+    data = prepared(model, pairs, metric, batch_size, tower, direction)
     out = np.full((len(data.pairs), len(units)), np.nan)
     clean, corrupted = np.zeros(len(data.pairs)), np.zeros(len(data.pairs))
     column = {unit: i for i, unit in enumerate(units)}
@@ -135,7 +134,7 @@ def head_effects(
         base = base_run(batch, direction)
         floor = batch.score(base.logits)
         start = batch.first if reference == "other" else 0
-        for layer, members in _by_layer(model, units):
+        for layer, members in by_layer(model, units):
             new = SITES[site](data, batch, direction, reference, layer)
             groups = [_heads_of(layer, u, granularity) for u in members]
             for at, logits in _sweep(base, layer, new, groups, start):
@@ -183,9 +182,8 @@ def head_position_effects(
     """
     from interp.errors import PairError
 
-    units, _ = _units(model, tower, "z", heads)
-    data = _data(model, pairs, metric, batch_size, tower)
-    _check(direction)
+    units, _ = units_of(model, tower, "z", heads)
+    data = prepared(model, pairs, metric, batch_size, tower, direction)
     lengths = {len(p.clean) for p in data.pairs}
     if len(lengths) != 1:
         raise PairError(
@@ -203,7 +201,7 @@ def head_position_effects(
         base = base_run(batch, direction)
         floor = batch.score(base.logits)
         first = batch.first if reference == "other" else 0
-        for layer, members in _by_layer(model, units):
+        for layer, members in by_layer(model, units):
             new = SITES["z"](data, batch, direction, reference, layer)
             # In the last block of a causal model only the last position reaches the logits.
             last = layer.causal and layer.index == len(base.blocks) - 1
@@ -234,7 +232,7 @@ def _sweep(
     if layer.causal and layer.index == len(base.blocks) - 1:
         start = base.n_pos - 1  # what the last block does elsewhere reaches no logit
     start = start if base.suffix_works else 0
-    size = max(1, TOKENS // (len(base.batch) * (base.n_pos - start)))
+    size = size_of_launch(base, start)
     at = 0
     while at < len(groups):
         chosen = groups[at : at + size]
@@ -251,6 +249,11 @@ def _sweep(
             continue
         yield at, logits
         at += len(chosen)
+
+
+def size_of_launch(base: Replay, start: int) -> int:
+    """Patched runs to make at once, of positions from `start` on."""
+    return max(1, TOKENS // (len(base.batch) * (base.n_pos - start)))
 
 
 def _cell_sweep(
@@ -282,9 +285,10 @@ def _heads_of(layer: Layer, unit: HeadId, granularity: str) -> tuple[int, ...]:
     return tuple(range(unit.head * size, (unit.head + 1) * size))
 
 
-def _units(
+def units_of(
     model: Model, tower: str, site: str, heads: Iterable[HeadId | str] | None
 ) -> tuple[tuple[HeadId, ...], str]:
+    """The heads of a tower, or those chosen, in order; and whether they are query or kv heads."""
     from interp.recipe.where import read_heads
 
     SITES[site]  # an unknown site is refused before anything runs
@@ -305,22 +309,30 @@ def _units(
     return tuple(h for h in every if h in set(chosen)), granularity
 
 
-def _by_layer(model: Model, units: Sequence[HeadId]) -> Iterator[tuple[Layer, list[HeadId]]]:
-    by_layer: dict[int, list[HeadId]] = {}
+def by_layer(model: Model, units: Sequence[HeadId]) -> Iterator[tuple[Layer, list[HeadId]]]:
+    """Heads layer by layer."""
+    groups: dict[int, list[HeadId]] = {}
     for unit in units:
-        by_layer.setdefault(unit.layer, []).append(unit)
-    for members in by_layer.values():
+        groups.setdefault(unit.layer, []).append(unit)
+    for members in groups.values():
         yield model.layer_of(HeadId(members[0].layer, 0, members[0].tower)), members
 
 
-def _data(
-    model: Model, pairs: Sequence[PromptPair] | Pairs, metric: str, batch_size: int, tower: str
+def prepared(
+    model: Model,
+    pairs: Sequence[PromptPair] | Pairs,
+    metric: str,
+    batch_size: int,
+    tower: str,
+    direction: str = "noise",
 ) -> Pairs:
+    """Pairs as `Pairs`, with the direction checked.
+
+    Raises:
+        InputError: an unknown direction.
+    """
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction must be noise or denoise; got {direction!r}")
     if isinstance(pairs, Pairs):
         return pairs
     return Pairs(model, pairs, metric=metric, batch_size=batch_size, tower=tower)
-
-
-def _check(direction: str) -> None:
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction must be noise or denoise; got {direction!r}")

@@ -53,8 +53,7 @@ def control_draws(
         InputError: no type comes up in two groups, or there is but one type.
     """
     names, codes = read_groups(types, len(groups))
-    spread = {int(t) for t, _ in {(t, 0) for t in codes.tolist()}}
-    seen: dict[int, set[int]] = {t: set() for t in spread}
+    seen: dict[int, set[int]] = {t: set() for t in range(len(names))}
     for t, g in zip(codes.tolist(), groups.tolist(), strict=True):
         seen[t].add(g)
     if len(names) < 2 or all(len(found) < 2 for found in seen.values()):

@@ -65,7 +65,7 @@ class HeadFeatures:
         # A sum is finite only if every term is, and takes no memory.
         if (
             n
-            and not math.isfinite(float(self.x.double().sum()))
+            and not math.isfinite(float(self.x.sum(dtype=torch.float64)))
             and not bool(torch.isfinite(self.x).all())
         ):
             bad = torch.isfinite(self.x).all(dim=2).logical_not().nonzero()[0].tolist()
@@ -309,7 +309,7 @@ def read_groups(groups: Sequence[Any] | np.ndarray | Tensor, n: int) -> tuple[li
 
 
 def chunks(n: int, bytes_each: int, *, memory: int = MEMORY) -> Iterator[slice]:
-    """Slices of `range(n)` whose temporary arrays take at most `memory` bytes, at least one each."""
+    """Slices of `range(n)` whose temporary arrays take at most `memory` bytes; none is empty."""
     width = max(1, memory // max(1, bytes_each))
     for start, stop in itertools.pairwise([*range(0, n, width), n]):
         yield slice(start, stop)

@@ -163,7 +163,7 @@ def solve(
         [head, set, penalty], held-out predictions [head, example, set, target] (empty if not
         `held`).
     """
-    heads, n, d = x.shape
+    heads, n, _ = x.shape
     mean = x.mean(dim=1, keepdim=True)
     centred = x - mean
     s, v = _spectrum(centred.transpose(1, 2) @ centred)
@@ -248,14 +248,17 @@ class _Leave:
         a = self.axes[:, rows] * root  # H_gg = a aᵀ + 1/n
         a = torch.cat([a, torch.full_like(a[..., :1], 1 / math.sqrt(self.axes.shape[1]))], dim=-1)
         if rows.shape[1] <= a.shape[-1]:
-            return torch.linalg.solve(_eye_minus(a @ a.transpose(-1, -2)), r)
+            solved: Tensor = torch.linalg.solve(_eye_minus(a @ a.transpose(-1, -2)), r)
+            return solved
         # A large group: the same inverse through a matrix of d + 1 rows (Woodbury).
         inner = torch.linalg.solve(_eye_minus(a.transpose(-1, -2) @ a), a.transpose(-1, -2) @ r)
-        return r + a @ inner
+        out: Tensor = r + a @ inner
+        return out
 
 
 def _eye_minus(h: Tensor) -> Tensor:
-    return torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) - h
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    return eye - h
 
 
 def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:

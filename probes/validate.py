@@ -1,4 +1,4 @@
-"""How well each head tells the classes apart on examples it was not fitted on, and by how much luck.
+"""How well each head tells classes apart on examples it was not fitted on, and what luck gives.
 
 Cross-validation is grouped: examples of one group (a question, a prompt) are never on both sides.
 It is nested: whatever a probe chooses, such as its penalty, it chooses within the training part.
@@ -90,7 +90,8 @@ def cross_validate(
     if groups is None and all(features.ids) and len(set(features.ids)) == len(names):
         names = list(dict.fromkeys(features.ids))
     extras: dict[str, np.ndarray] = {}
-    threshold, about = -math.inf, {}
+    about: dict[str, Any] = {}
+    threshold = -math.inf
     if draws:
         extras, threshold, about = _against_null(real, shuffled, alpha)
     if types is not None:

@@ -4,7 +4,6 @@ The kernel runs for all heads. For the chosen heads the rows concerned are compu
 k, edited before or after the softmax, and multiplied with v; only those rows of z are replaced.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ class RowEdit:
         op: the operation.
         site: `scores` or `pattern`.
         units: query heads of the layer.
-        strength: a number or [unit] or [batch, unit].
+        strength: a number, or [batch or 1, unit].
         params: parameters of the op.
         rows: [batch, query] rows concerned, or None for all.
         keys: [batch, key] keys of the edit.
@@ -136,19 +135,39 @@ def edited_pattern(
     """Rows of the pattern of some heads after all edits: scores first, then pattern, in order."""
     s, visible = scores_of(call, heads, rows)
     visible = visible.expand(s.shape[0], s.shape[1], -1, -1)
+    s, visible = score_edits(s, visible, heads, rows, edits, call.name)
+    p = softmax_of(call, heads, s, visible)
+    return pattern_edits(p, visible, heads, rows, edits)
+
+
+def score_edits(
+    s: Tensor,
+    visible: Tensor,
+    heads: Sequence[int],
+    rows: slice,
+    edits: Sequence[RowEdit],
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """Rows of scores after the edits of site scores, and what is still visible.
+
+    Raises:
+        InputError: a row lost all of its keys.
+    """
+    left = visible
     for e in (e for e in edits if e.site == "scores"):
-        s = apply_rows(e, s, visible, heads, rows)
-    now = visible & (s > MASKED / 2)
-    blocked = visible.any(-1) & ~now.any(-1)
+        s = apply_rows(e, s, left, heads, rows)
+        # What is knocked out stays so, whatever a later edit does to its score.
+        left = left & (s > MASKED / 2)
+        s = s.masked_fill(~left, MASKED)
+    blocked = visible.any(-1) & ~left.any(-1)
     if bool(blocked.any()):
         b, _, i = (int(x[0]) for x in torch.nonzero(blocked, as_tuple=True))
         raise InputError(
             f"a row of attention must keep a key; every key that query {i + rows.start} of "
-            f"example {b} sees in {call.name} is knocked out",
+            f"example {b} sees in {name} is knocked out",
             hint="leave the first token or the query itself: keys=Positions(..., exclude=...)",
         )
-    p = softmax_of(call, heads, s, now)
-    return pattern_edits(p, visible, heads, rows, edits)
+    return s, left
 
 
 def pattern_edits(
@@ -179,7 +198,7 @@ def apply_rows(e: RowEdit, a: Tensor, visible: Tensor, heads: Sequence[int], row
     new = e.op.apply(part, s, known, e.params)
     if e.rows is not None:
         new = torch.where(e.rows[:, None, rows, None], new, part)
-    if len(places) == a.shape[1]:
+    if places == list(range(a.shape[1])):
         return new
     return a.index_copy(1, index, new.to(a.dtype))
 
@@ -191,28 +210,29 @@ def full_pattern(call: AttnCall, edits: Sequence[RowEdit]) -> Float[Tensor, "bat
 
 
 def edited_weights(
-    p: Float[Tensor, "batch head query key"], edits: Sequence[RowEdit]
+    p: Float[Tensor, "batch head query key"], edits: Sequence[RowEdit], name: str
 ) -> Float[Tensor, "batch head query key"]:
     """A pattern that the model itself computed by softmax, edited.
 
     Edits of scores act on log p: the softmax does not see the constant by which it differs from
-    the scores.
+    the scores. A key whose weight has underflowed to 0 counts as one that is not seen.
+
+    Raises:
+        InputError: a row lost all of its keys.
     """
     heads = list(range(p.shape[1]))
     rows = slice(0, p.shape[2])
     visible = p > 0
-    work = p.to(torch.float32)
+    work = p if p.dtype == torch.float64 else p.float()
     if any(e.site == "scores" for e in edits):
-        s = torch.where(visible, work.clamp_min(math.exp(-87)).log(), MASKED)
-        for e in (e for e in edits if e.site == "scores"):
-            s = apply_rows(e, s, visible, heads, rows)
-        now = visible & (s > MASKED / 2)
-        if bool((visible.any(-1) & ~now.any(-1)).any()):
-            raise InputError("a row of attention must keep a key; one loses all of them")
+        least = torch.finfo(work.dtype).tiny
+        s = torch.where(visible, work.clamp_min(least).log(), MASKED)
+        s, left = score_edits(s, visible, heads, rows, edits, name)
         touched = torch.zeros(p.shape[:3], dtype=torch.bool, device=p.device)
         for e in (e for e in edits if e.site == "scores"):
             for h in e.units:
                 touched[:, h] |= True if e.rows is None else e.rows
-        new = torch.softmax(s.masked_fill(~now, MASKED), -1) * now.any(-1, keepdim=True)
+        new = torch.softmax(s, -1) * left.any(-1, keepdim=True)
         work = torch.where(touched[..., None], new, work)
+        visible = torch.where(touched[..., None], left, visible)
     return pattern_edits(work, visible, heads, rows, edits).to(p.dtype)

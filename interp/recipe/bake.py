@@ -39,7 +39,7 @@ def baked(recipe: "Recipe", model: "Model", *, new_bias: bool) -> "Model":
         why = _refused(edit)
         if why:
             raise InputError(f"edit {i} ({edit}) cannot be baked: {why}")
-    table = compile_table(model, recipe.edits)
+    table = compile_table(model, [recipe.edits])
     hf = copy.deepcopy(model.hf)
     for name, parts in table.heads.get("z", {}).items():
         layer = model.structure.layers[name]
@@ -50,7 +50,8 @@ def baked(recipe: "Recipe", model: "Model", *, new_bias: bool) -> "Model":
         work = (weight.T if turned else weight).double().clone()  # [in, out]
         shift = torch.zeros(work.shape[1], dtype=torch.float64, device=work.device)
         heads = work.view(layer.n_heads, -1, work.shape[1])
-        for part in parts:
+        # Row vectors: z A1ᵀ A2ᵀ W, so the edit that comes last is folded in first.
+        for part in reversed(parts):
             for unit, entry in zip(part.units, part.entries, strict=True):
                 a, c = _affine(part.edit, entry, heads.shape[1], work.device)
                 shift += c @ heads[unit]

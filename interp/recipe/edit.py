@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from interp.errors import InputError, UnknownNameError
+from interp.errors import HeadIdError, InputError, UnknownNameError
 from interp.headid import HeadId
 from interp.recipe.ops import LAYER_SITES, OPS, SITES, AttentionOp, Op
 from interp.recipe.when import Gate, Schedule
@@ -24,8 +25,8 @@ class Edit:
     Attributes:
         op: name of the operation; see `OPS`.
         where: heads or layers, and positions.
-        strength: a number, or a tensor with one value or one per head (or layer); None is the
-            op's own default.
+        strength: a number, or a tensor with one value, one per head (or layer), or one per head
+            and example; None is the op's own default.
         site: the op's first site if not given.
         tensors: what the op takes, each [head, …] in the order of `where.heads` (or layers).
         params: further parameters of the op.
@@ -52,8 +53,6 @@ class Edit:
         op = OPS[self.op]
         if not self.site:
             object.__setattr__(self, "site", op.sites[0])
-        if self.strength is None:
-            object.__setattr__(self, "strength", op.default)
         if self.site not in SITES:
             raise UnknownNameError("site", self.site, SITES)
         if self.site not in op.sites:
@@ -70,9 +69,56 @@ class Edit:
         if missing or (op.optional and not self.tensors):
             wanted = missing or sorted(op.optional)
             raise InputError(f"op {self.op!r} needs tensor {' or '.join(map(repr, wanted))}")
+        self._check_strength()
         self._check_selection()
-        if self.op == "contrast" and self.twin is None:
-            raise InputError("contrast needs twin=, the recipe of the second run")
+        self._check_positions()
+        if (self.op == "contrast") != (self.twin is not None):
+            raise InputError(
+                "contrast, and only contrast, takes twin=, the recipe of the second run"
+            )
+        if self.twin is not None and any(e.site == "logits" for e in self.twin.edits):
+            raise InputError("the second run of contrast may not edit its logits")
+
+    def _check_strength(self) -> None:
+        op, s = self.operation, self.strength
+        if s is None:
+            s = op.default
+        elif not isinstance(s, Tensor):
+            try:
+                s = float(s)
+            except (TypeError, ValueError):
+                raise InputError(f"a strength is a number or a tensor; got {s!r}") from None
+        object.__setattr__(self, "strength", s)
+        values = s.detach().double() if isinstance(s, Tensor) else torch.tensor(s)
+        if not values.numel() or not bool(values.isfinite().all()):
+            raise InputError(f"a strength must be finite; got {_shown(values)}")
+        why = op.refuses(values)
+        if why:
+            raise InputError(f"{why}; got {_shown(values)}")
+        if self.schedule is not None and op.stepwise and self.schedule.kind != "first":
+            raise InputError(
+                f"op {self.op!r} is done or not, so its schedule can only be 'first'; got "
+                f"{self.schedule.kind!r}"
+            )
+
+    def _check_positions(self) -> None:
+        op, where = self.operation, self.where
+        if isinstance(op, AttentionOp):
+            if op.keys == "needed" and where.keys.everywhere:
+                raise InputError(
+                    f"op {self.op!r} changes nothing, or leaves nothing, when it is about every "
+                    f"key",
+                    hint="name keys: Where(heads=..., keys=span('needle'))",
+                )
+            if op.keys == "none" and not where.keys.everywhere:
+                raise InputError(f"op {self.op!r} is about whole rows; got keys {where.keys}")
+            return
+        wanted, other = ("keys", "queries") if self.site in ("k", "v") else ("queries", "keys")
+        if not getattr(where, other).everywhere:
+            raise InputError(
+                f"positions of site {self.site!r} are {wanted}; got {other} {getattr(where, other)}",
+                hint=f"Where(..., {wanted}=...)",
+            )
 
     def _check_selection(self) -> None:
         layered = self.site in LAYER_SITES
@@ -95,6 +141,12 @@ class Edit:
                 f"these must be named",
             )
         for name, value in self.tensors.items():
+            spec = self.operation.tensors[name]
+            if value.dim() not in {1 + len(form.split()) for form in spec.split(", or ")}:
+                raise InputError(
+                    f"tensor {name!r} of op {self.op!r} is [head or layer, {spec}]; got "
+                    f"{tuple(value.shape)}"
+                )
             if named is not None and value.shape[0] != len(named):
                 raise InputError(
                     f"tensor {name!r} of op {self.op!r} has one entry per "
@@ -102,15 +154,45 @@ class Edit:
                     f"{tuple(value.shape)}"
                 )
         s = self.strength
-        if isinstance(s, Tensor) and s.dim() and (named is None or s.shape != (len(named),)):
-            raise InputError(
-                f"a strength is a number or one per selected head; got shape {tuple(s.shape)}"
-            )
+        if isinstance(s, Tensor) and s.dim():
+            if named is None or s.dim() > 2 or s.shape[0] != len(named):
+                raise InputError(
+                    f"a strength is a number, one per named head or layer, or one per head and "
+                    f"example; got shape {tuple(s.shape)}"
+                )
 
     @property
     def operation(self) -> Op:
         """The operation itself."""
         return OPS[self.op]
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing: its strength is the number at which its op does nothing."""
+        return not isinstance(self.strength, Tensor) and self.strength == self.operation.neutral
+
+    @property
+    def positions(self) -> Positions:
+        """Where vectors are edited: queries, or keys at the sites k and v."""
+        return self.where.keys if self.site in ("k", "v") else self.where.queries
+
+    @property
+    def plain(self) -> bool:
+        """Whether it does the same at every position of every input."""
+        where = self.where
+        return (
+            where.queries.everywhere
+            and where.keys.everywhere
+            and self.gate is None
+            and self.schedule is None
+            and not any(isinstance(v, Positions) for v in self.params.values())
+        )
+
+    @property
+    def tower(self) -> str:
+        """The tower it acts in."""
+        heads = self.where.heads
+        return heads[0].tower if heads else self.where.tower
 
     def setting(self, name: str) -> Any:
         """A parameter, or its default."""
@@ -132,8 +214,6 @@ class Edit:
         Raises:
             HeadIdError: a head lies outside the model.
         """
-        from interp.errors import HeadIdError
-
         grouped = self.site in ("k", "v")
         if self.where.heads is None:
             layers = model.tower(self.where.tower).layers
@@ -178,7 +258,7 @@ class Edit:
             chosen = f"every head of {where.tower}" if where.heads is None else _list(where.heads)
             units = f"{self.site} of {chosen}"
         s = self.strength
-        amount = "per-head strength" if isinstance(s, Tensor) and s.dim() else f"s = {float(s):g}"  # type: ignore[arg-type]
+        amount = f"s = {_shown(s)}" if isinstance(s, Tensor) else f"s = {s:g}"
         places = [] if where.queries.everywhere else [f"at {where.queries}"]
         if not where.keys.everywhere:
             places.append(f"on keys {where.keys}")
@@ -228,6 +308,10 @@ class Edit:
             for k, v in values.get("params", {}).items()
         }
         return cls(tensors=rest, twin=twin, **values)
+
+
+def _shown(s: Tensor) -> str:
+    return f"{float(s.detach()):g}" if not s.dim() else f"{tuple(s.shape)} values"
 
 
 def _list(values: Any) -> str:

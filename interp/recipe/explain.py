@@ -18,7 +18,7 @@ def explained(recipe: "Recipe", model: "Model") -> str:
         HeadIdError: a head or layer lies outside the model.
         SiteError: a site is not reached on this model.
     """
-    compile_table(model, recipe.edits)
+    compile_table(model, [recipe.edits])
     lines = []
     for i, edit in enumerate(recipe.edits):
         lines.append(f"{i}  {edit}")

@@ -68,12 +68,19 @@ class Recipe:
             The session; its `log` holds what gates decided.
 
         Raises:
+            InputError: `model` is not a `Model`.
             ModelError: it was made for another model.
             HeadIdError: a head or layer lies outside the model.
             SiteError: a site is not reached on this model.
         """
+        from interp.model import Model
         from interp.recipe.session import switched_on
 
+        if not isinstance(model, Model):
+            raise InputError(
+                f"a recipe is switched on on a Model; got {type(model).__name__}",
+                hint="recipe.on(interp.load(your_model))",
+            )
         if self.fingerprint is not None and not force and self.fingerprint != model.fingerprint:
             raise ModelError(
                 f"this recipe was made for the model with fingerprint {self.fingerprint}; "
@@ -148,7 +155,9 @@ class Recipe:
 
     def parameters(self) -> dict[str, Tensor]:
         """Tensors and tensor strengths by name, such as `0.vector`; gradients flow to them."""
-        return {f"{i}.{n}": t for i, e in enumerate(self.edits) for n, t in e.parameters().items()}
+        from interp.recipe.store import named
+
+        return dict(named(self.edits))
 
     @property
     def hash(self) -> str:

@@ -21,7 +21,7 @@ def to_bytes(recipe: "Recipe") -> bytes:
     """The file's content; the same for equal recipes."""
     from safetensors.torch import save as encode
 
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _named(recipe.edits, "")}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in named(recipe.edits)}
     header = {
         "schema": SCHEMA,
         "version": VERSION,
@@ -33,12 +33,13 @@ def to_bytes(recipe: "Recipe") -> bytes:
     return bytes(encode(tensors, metadata={SCHEMA: text}))
 
 
-def _named(edits: Sequence[Edit], prefix: str) -> Iterator[tuple[str, Tensor]]:
+def named(edits: Sequence[Edit], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of some edits with its name in the file, such as `0.vector`."""
     for i, edit in enumerate(edits):
         for name, tensor in edit.parameters().items():
             yield f"{prefix}{i}.{name}", tensor
         if edit.twin is not None:
-            yield from _named(edit.twin.edits, f"{prefix}{i}.twin.")
+            yield from named(edit.twin.edits, f"{prefix}{i}.twin.")
 
 
 def save(recipe: "Recipe", path: Path) -> Path:

@@ -16,7 +16,8 @@ class Gate:
 
     The cosine of the axis and the stream before `layer`, at the last position of the forward, is
     compared with the threshold, per example. Edits of earlier layers see the decision from the
-    next forward on; until the first decision a gate is closed.
+    next step on; until the first decision a gate is closed. A position follows the decision that
+    was known when it was first run.
 
     Attributes:
         axis: [d_model].

@@ -41,17 +41,22 @@ class Positions:
     def __post_init__(self) -> None:
         for name in ("prompt", "generated", "window", "spans", "tokens"):
             value = getattr(self, name)
-            if isinstance(value, list):
+            if isinstance(value, int) or (name == "spans" and isinstance(value, str)):
+                object.__setattr__(self, name, (value,))
+            elif value is not None and not isinstance(value, str | tuple):
                 object.__setattr__(self, name, tuple(value))
         if not any((self.prompt, self.generated, self.window, self.spans, self.tokens)):
             raise InputError(
                 "positions must select something; got nothing",
                 hint="Positions.all(), prompt=(-1,), generated='all', spans=('needle',), …",
             )
-        for name in ("prompt", "generated"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value != "all":
-                raise InputError(f"{name} must be 'all' or numbers; got {value!r}")
+        for name in ("prompt", "generated", "window", "tokens"):
+            value = getattr(self, name) or ()
+            if value == "all" and name in ("prompt", "generated"):
+                continue
+            if isinstance(value, str) or not all(isinstance(x, int) for x in value):
+                what = "'all' or numbers" if name in ("prompt", "generated") else "numbers"
+                raise InputError(f"{name} must be {what}; got {value!r}")
         for name in ("generated", "window"):
             value = getattr(self, name)
             if isinstance(value, tuple) and (len(value) != 2 or not 0 <= value[0] < value[1]):
@@ -152,6 +157,8 @@ class Where:
             layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
             if not layers:
                 raise InputError("layers must name at least one layer; got none")
+            if len(set(layers)) != len(layers):
+                raise InputError(f"each layer may be named once; got {layers}")
             object.__setattr__(self, "layers", layers)
 
     def at(self, queries: Positions | None = None, keys: Positions | None = None) -> "Where":

@@ -36,6 +36,7 @@ class Op(ABC):
         optional: those of `tensors` that may be left out.
         params: name to default of its further parameters.
         bakes: whether it folds exactly into an output projection at site z.
+        stepwise: whether it is done or not, with nothing in between.
     """
 
     name: ClassVar[str]
@@ -48,6 +49,11 @@ class Op(ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     params: ClassVar[Mapping[str, Any]] = {}
     bakes: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = False
+
+    def refuses(self, s: Tensor) -> str:
+        """Why some strengths are impossible, in words; empty if they are not."""
+        return ""
 
 
 class VectorOp(Op):
@@ -87,7 +93,13 @@ class Rows:
 
 
 class AttentionOp(Op):
-    """An operation on rows of scores or pattern."""
+    """An operation on rows of scores or pattern.
+
+    Attributes:
+        keys: whether keys are `needed`, `optional` (all of them unless told otherwise) or `none`.
+    """
+
+    keys: ClassVar[str] = "needed"
 
     @abstractmethod
     def apply(

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.errors import InputError
 from interp.recipe.ops import OPS, AttentionOp, Rows
 from interp.seam.calls import MASKED
 
@@ -36,11 +35,14 @@ class Temperature(AttentionOp):
     formula = "scores / s"
     sites = ("scores",)
     neutral, default = 1.0, 1.0
+    keys = "none"
+
+    def refuses(self, s: Tensor) -> str:
+        """See `Op`."""
+        return "" if bool((s > 0).all()) else "a temperature must be above 0"
 
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
-        if not bool((torch.as_tensor(s) > 0).all()):
-            raise InputError(f"a temperature must be above 0; got {s}")
         return a / s
 
 
@@ -55,6 +57,7 @@ class Uniform(AttentionOp):
     formula = "(1 - s)·scores"
     sites = ("scores",)
     neutral, default = 0.0, 1.0
+    keys = "none"
 
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
@@ -72,12 +75,16 @@ class Knockout(AttentionOp):
     formula = "scores = -inf on keys"
     sites = ("scores",)
     neutral, default = 0.0, 1.0
+    stepwise = True
+
+    def refuses(self, s: Tensor) -> str:
+        """See `Op`."""
+        done = bool(((s == 0) | (s == 1)).all())
+        return "" if done else "knockout is done or not: its strength must be 0 or 1"
 
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
-        if isinstance(s, Tensor) or s not in (0, 1):
-            raise InputError(f"knockout is done or not: its strength must be 0 or 1; got {s}")
-        return a.masked_fill(rows.keys, MASKED) if s else a
+        return a.masked_fill(rows.keys & (torch.as_tensor(s, device=a.device) != 0), MASKED)
 
 
 for op in (Bias(), Temperature(), Uniform(), Knockout()):

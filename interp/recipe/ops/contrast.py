@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from interp.recipe.ops import OPS, VectorOp
@@ -32,7 +33,7 @@ class Contrast(VectorOp):
         new = (1 + s) * x - s * t["other"]
         if p["beta"]:
             least = math.log(p["beta"]) + x.amax(-1, keepdim=True)
-            new = new.masked_fill(x < least, -math.inf)
+            new = new.masked_fill((x < least) & (torch.as_tensor(s) != 0), -math.inf)
         return new
 
 

@@ -19,6 +19,10 @@ class Reweight(AttentionOp):
     sites = ("pattern",)
     neutral, default = 1.0, 1.0
 
+    def refuses(self, s: Tensor) -> str:
+        """See `Op`."""
+        return "" if bool((s >= 0).all()) else "attention is multiplied by 0 or more"
+
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
         new = a + (s - 1) * a * rows.keys
@@ -36,6 +40,7 @@ class Drop(AttentionOp):
     formula = "(1 - s)·A on keys"
     sites = ("pattern",)
     neutral, default = 0.0, 1.0
+    keys = "optional"
 
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
@@ -94,6 +99,10 @@ class Split(AttentionOp):
     sites = ("pattern",)
     neutral, default = 1.0, 0.5
 
+    def refuses(self, s: Tensor) -> str:
+        """See `Op`."""
+        return "" if bool(((s >= 0) & (s <= 1)).all()) else "the exponent of split is within [0, 1]"
+
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
         total = a.sum(-1, keepdim=True)
@@ -113,6 +122,7 @@ class Override(AttentionOp):
     formula = "(1 - s)·A + s·uniform(keys)"
     sites = ("pattern",)
     neutral, default = 0.0, 1.0
+    keys = "optional"
 
     def apply(self, a: Tensor, s: Tensor | float, rows: Rows, p: Mapping[str, Any]) -> Tensor:
         """See `AttentionOp`."""
