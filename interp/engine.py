@@ -209,6 +209,11 @@ def answer(call: AttnCall, plan: Plan) -> dict[str, Result]:
             out[name] = gather.pair_mass(call, pairs), "gather", None
         else:
             out[name] = sweep.pair_mass(call, pairs), _slow(call), None
+    for name, strip in plan.strips.items():
+        if fast:
+            out[name] = gather.strip_mass(call, strip), "gather", None
+        else:
+            out[name] = sweep.pair_mass(call, strip.pairs), _slow(call), None
     extra_at = 0
     for group in plan.groups:
         width = group.columns.shape[-1] if group.columns is not None else 0

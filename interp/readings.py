@@ -46,7 +46,7 @@ class Same(Relation):
     """Each query and, for every earlier copy of its token, the key `shift` after that copy.
 
     shift 0 is the duplicate-token relation, shift 1 the induction relation: the token that
-    followed an earlier copy. Only keys before the query count, and queries without any have no pair.
+    followed an earlier copy. Only keys before the query count; queries without any have no pair.
     """
 
     shift: int = 0

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from interp.errors import DeviceError, InputError
 from interp.prompts import Batch
-from interp.seam.blocks import block_names, on_input
+from interp.seam.blocks import block_names, on_input, on_output
 from interp.seam.calls import AttnCall
 from interp.seam.structure import Layer
 
@@ -193,6 +193,7 @@ class Replay:
         given = self._inputs(copies, start)
         if ids is not None:
             given["input_ids"] = _expand(ids[:, start:], copies).flatten(0, 1)
+        beside = self._beside if freeze_mlps else {}  # made before anything is patched
         try:
             with ExitStack() as stack:
                 for i in range(first):
@@ -208,8 +209,7 @@ class Replay:
                     elif freeze:
                         z = _expand(self.kept[layer.name].z[:, start:], copies)
                         stack.enter_context(self._patched(layer, z, runs=runs))
-                if freeze_mlps:
-                    stack.enter_context(self._mlps_frozen(first, copies, start))
+                stack.enter_context(self._mlps_frozen(beside, first, copies, start))
                 if record is not None:
                     stack.enter_context(record.listening(self))
                 if inputs:
@@ -304,6 +304,9 @@ class Replay:
         if x.dim() >= 2 and x.shape[0] == len(self.batch):
             x = x[:, start:] if x.shape[1] == self.n_pos else x
             return _expand(x, copies).flatten(0, 1)
+        if x.dim() == 2 and x.shape[0] == len(self.batch) * self.n_pos:  # OPT flattens positions
+            x = x.view(len(self.batch), self.n_pos, -1)[:, start:]
+            return _expand(x, copies).flatten(0, 2)
         return x
 
     @contextmanager
@@ -368,7 +371,9 @@ class Replay:
         return out
 
     @contextmanager
-    def _mlps_frozen(self, first: int, copies: int, start: int) -> Iterator[None]:
+    def _mlps_frozen(
+        self, beside: Mapping[str, Any], first: int, copies: int, start: int
+    ) -> Iterator[None]:
         """Blocks from `first` on add beside attention what they added in the kept run."""
 
         def answering(value: Any, residual: Tensor | None) -> Any:
@@ -380,7 +385,7 @@ class Replay:
 
         late = tuple(f"{name}." for name in self.blocks[first:])
         with ExitStack() as stack:
-            for name, (value, residual) in self._beside.items():
+            for name, (value, residual) in beside.items():
                 if name.startswith(late):
                     module = self.model.hf.get_submodule(name)
                     stack.enter_context(_forward_as(module, answering(value, residual)))
@@ -493,22 +498,33 @@ class Record:
 
     Args:
         layers: attention modules to run although their z is given.
+        blocks: blocks whose outgoing residual stream is collected.
 
     Attributes:
         calls: attention module to its call, rows being copies × batch.
         z: attention module to z as the output projection received it, rows likewise.
+        leaving: block to the stream that left it, [copies × batch, pos, d_model].
     """
 
-    def __init__(self, layers: Collection[str] = ()) -> None:
-        self.layers = frozenset(layers)
+    def __init__(self, layers: Collection[str] = (), *, blocks: Collection[str] = ()) -> None:
+        self.layers, self.blocks = frozenset(layers), tuple(blocks)
         self.calls: dict[str, AttnCall] = {}
         self.z: dict[str, Tensor] = {}
+        self.leaving: dict[str, Tensor] = {}
 
     @contextmanager
     def listening(self, replay: Replay) -> Iterator[None]:
         """Listen while the context is open."""
-        with replay.model.observe(self._note), replay.model.observe_output(self._note_z):
+        with ExitStack() as stack:
+            stack.enter_context(replay.model.observe(self._note))
+            stack.enter_context(replay.model.observe_output(self._note_z))
+            for name in self.blocks:
+                module = replay.model.hf.get_submodule(name)
+                stack.callback(on_output(module, partial(self._note_block, name)))
             yield
+
+    def _note_block(self, name: str, x: Tensor) -> None:
+        self.leaving[name] = x
 
     def _note(self, call: AttnCall) -> None:
         self.calls[call.name] = call

@@ -15,7 +15,7 @@ Sources: Nanda 2023, "Attribution patching"; Syed et al. 2310.10348; Kramár et 
 sections 3.1 (QK fix) and appendix (keys one position at a time).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,13 +25,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.recipe.attend import scores_of
+from interp.headid import HeadId
+from interp.recipe.attend import scores_of, softmax_of
 from interp.replay import Replay
 from interp.scores import HeadScores
 from interp.seam.calls import AttnCall
 from interp.seam.structure import Layer
 from patching.effects import table
-from patching.engine import DIRECTIONS, SITES, base_run
+from patching.engine import DIRECTIONS, base_run
 from patching.gradients import Trace, check_slope, gradients
 from patching.method import METHODS, Method
 from patching.pairs import PairBatch, Pairs
@@ -88,20 +89,16 @@ class AttributionPatching(Method):
         out = estimates(self.name, pairs, of, self.site, self.direction, params, progress)
         return verified(out, pairs, self.verify)
 
-    def estimate(
-        self, pairs: Pairs, batch: PairBatch, slope: Trace
-    ) -> Float[Tensor, "batch head"]:
+    def estimate(self, pairs: Pairs, batch: PairBatch, slope: Trace) -> Float[Tensor, "batch head"]:
         """Estimates of a batch from gradients in the run that would be patched."""
         parts = []
         for layer in pairs.model.tower(pairs.tower).layers:
-            if self.site == "z":
-                parts.append(plain(batch, self.direction, "z", layer, slope))
-            elif not self.qk_fix or self.site == "v":
+            if self.site in ("z", "v") or not self.qk_fix:
                 parts.append(plain(batch, self.direction, self.site, layer, slope))
             elif self.site == "k" and not self.joint_keys:
                 parts.append(one_key_at_a_time(batch, self.direction, layer, slope).sum(-1))
             else:
-                parts.append(through_pattern(pairs, batch, self.direction, self.site, layer, slope))
+                parts.append(through_pattern(batch, self.direction, self.site, layer, slope))
         return torch.cat(parts, dim=1)
 
 
@@ -116,26 +113,22 @@ def plain(
         out: Tensor = getattr(run.call(layer), site)
         return out
 
+    grad: Tensor = getattr(slope, site)[layer.name]
     base, other = base_run(batch, direction), other_run(batch, direction)
-    grads = getattr(slope, site)
-    grad = grads["z" if site == "z" else layer.name] if False else grads[layer.name]
     grad = grad.transpose(1, 2) if site == "z" else grad
-    return dot((value(other) - value(base)), grad).sum(-1)
+    return dot(value(other) - value(base), grad).sum(-1)
 
 
 def through_pattern(
-    pairs: Pairs, batch: PairBatch, direction: str, site: str, layer: Layer, slope: Trace
+    batch: PairBatch, direction: str, site: str, layer: Layer, slope: Trace
 ) -> Float[Tensor, "batch head"]:
-    """Change of z under the exact new pattern, times the gradient at z.
-
-    Σ ΔA·∂m/∂A is Σ (ΔA v)·∂m/∂z, and ΔA v is the difference of two z.
-    """
-    new = SITES[site](pairs, batch, direction, "other", layer)
-    old = base_run(batch, direction).call(layer).z
-    per_query = dot(new - old, slope.mixed[layer.name]).sum(1)
-    if site == "q":
-        return per_query
-    return per_query.unflatten(-1, (layer.n_kv_heads, -1)).sum(-1)
+    """Σ ΔA·∂m/∂A per query or key-value head, the new pattern computed from the other q or k."""
+    out = []
+    for group in _groups(batch, direction, layer, slope):
+        call = replace(group.base, **{site: getattr(group.other, site)})
+        change = _pattern(call, group.heads) - _pattern(group.base, group.heads)
+        out.append((change * group.slope).sum((-2, -1)))
+    return torch.cat(out, dim=1) if site == "q" else torch.stack([x.sum(1) for x in out], dim=1)
 
 
 def one_key_at_a_time(
@@ -143,23 +136,38 @@ def one_key_at_a_time(
 ) -> Float[Tensor, "batch kv_head pos"]:
     """Estimate of patching the key of each single position, the softmax exact.
 
-    A new key t changes one column of the scores, by δ_i. With w_i the new weight of t and M_i the
-    mean of G_is = v_s · ∂m/∂z_i over the other keys under the old pattern, the row changes by
-    (w_i − A_it)(G_it − M_i): O(pos²) in all. In float64, and with sums over the other keys rather
-    than one minus the weight, since saturated rows are what this is for.
+    A new key t changes one column of the scores. With w_i the new weight of t and M_i the mean of
+    ∂m/∂A_is over the other keys s under the old pattern, Σ_s ΔA_is·∂m/∂A_is is
+    (w_i − A_it)(∂m/∂A_it − M_i): O(pos²) for all t.
     """
+    out = []
+    for group in _groups(batch, direction, layer, slope):
+        old, visible = _scores(group.base, group.heads)
+        new, _ = _scores(replace(group.base, k=group.other.k), group.heads)
+        sinks = None if group.base.sinks is None else group.base.sinks[group.heads]
+        out.append(column_changes(old, new, visible, group.slope, sinks).sum((1, 2)))
+    return torch.stack(out, dim=1)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Query heads that share keys, and ∂m/∂A of them [batch, head, query, key]."""
+
+    base: AttnCall
+    other: AttnCall
+    heads: list[int]
+    slope: Tensor
+
+
+def _groups(batch: PairBatch, direction: str, layer: Layer, slope: Trace) -> Iterator[_Group]:
+    """One group at a time, so that few patterns are held; ∂m/∂A_ij = v_j · ∂m/∂z_i."""
     base, other = base_run(batch, direction).call(layer), other_run(batch, direction).call(layer)
     assert base.v is not None
-    group = base.n_heads // base.v.shape[1]
-    grad = slope.mixed[layer.name].transpose(1, 2)
-    out = []
-    for kv in range(base.v.shape[1]):
-        heads = list(range(kv * group, (kv + 1) * group))
-        g = grad[:, heads].to(wide(grad)) @ base.v[:, kv : kv + 1].to(wide(grad)).mT
-        old, visible = _scores(base, heads)
-        new, _ = _scores(replace(base, k=other.k), heads)
-        out.append(column_changes(old, new, visible, g, base.sinks, heads).sum((1, 2)))
-    return torch.stack(out, dim=1)
+    size = base.n_heads // base.v.shape[1]
+    grad, v = (x.to(wide(x)) for x in (slope.mixed[layer.name].transpose(1, 2), base.v))
+    for kv in range(v.shape[1]):
+        heads = list(range(kv * size, (kv + 1) * size))
+        yield _Group(base, other, heads, grad[:, heads] @ v[:, kv : kv + 1].mT)
 
 
 def column_changes(
@@ -168,11 +176,21 @@ def column_changes(
     visible: Tensor,
     g: Float[Tensor, "batch head query key"],
     sinks: Tensor | None,
-    heads: list[int],
 ) -> Float[Tensor, "batch head query key"]:
-    """Σ_s ΔA_is·G_is for each row i and each column t whose score alone goes from old to new."""
+    """Σ_s ΔA_is·G_is for each row i and each column t whose score alone goes from old to new.
+
+    Sums over the other keys are made without subtracting from the whole: in a saturated row, which
+    is what this is for, one minus the largest weight has no digits left.
+
+    Args:
+        old: masked scores.
+        new: masked scores with every key changed.
+        visible: which keys each row sees.
+        g: ∂m/∂A.
+        sinks: [head] learned sink logits, or None.
+    """
     visible = visible.expand_as(old)
-    rest = None if sinks is None else sinks[heads].to(old)[None, :, None, None]
+    rest = None if sinks is None else sinks.to(old)[None, :, None, None]
     every = torch.logsumexp(old, dim=-1, keepdim=True)
     every = every if rest is None else torch.logaddexp(every, rest.expand_as(every))
     a = (old - every).exp() * visible
@@ -195,6 +213,10 @@ def _scores(call: AttnCall, heads: list[int]) -> tuple[Tensor, Tensor]:
     dtype = wide(call.q)
     call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), z=call.z.to(dtype))
     return scores_of(call, heads, slice(0, call.n_query))
+
+
+def _pattern(call: AttnCall, heads: list[int]) -> Tensor:
+    return softmax_of(call, heads, *_scores(call, heads))
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -227,10 +249,13 @@ def estimates(
     progress: Progress | None = None,
 ) -> HeadScores:
     """A table of estimates, batch by batch."""
-    from patching.engine import _units
-
     check_choice("direction", direction, DIRECTIONS)
-    units, granularity = _units(pairs.model, pairs.tower, site, None)
+    granularity = "kv" if site in ("k", "v") else "query"
+    units = tuple(
+        HeadId(x.index, h, x.tower)
+        for x in pairs.model.tower(pairs.tower).layers
+        for h in range(x.n_kv_heads if granularity == "kv" else x.n_heads)
+    )
     n = len(pairs.pairs)
     out = np.zeros((n, len(units)))
     clean, corrupted = np.zeros(n), np.zeros(n)

@@ -234,8 +234,9 @@ def logit_attribution(
                 hint="use the direct effect, which is exact on any model",
             )
         read = readout(base, batch)
-        for name, vector in _parts(base):
-            rows.setdefault(name, np.zeros(len(data.pairs)))[places] = read.share(vector).cpu()
+        names, vectors = zip(*_parts(base), strict=True)
+        for name, share in zip(names, read.share(torch.stack(vectors)).cpu(), strict=True):
+            rows.setdefault(name, np.zeros(len(data.pairs)))[places] = share
         rows.setdefault("bias", np.zeros(len(data.pairs)))[places] = read.constant().cpu()
         total[places] = batch.score(base.logits).cpu()
     return LogitAttribution(

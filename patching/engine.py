@@ -137,7 +137,7 @@ def head_effects(
         for layer, members in by_layer(model, units):
             new = SITES[site](data, batch, direction, reference, layer)
             groups = [_heads_of(layer, u, granularity) for u in members]
-            for at, logits in _sweep(base, layer, new, groups, start):
+            for at, logits in sweep(base, layer, new, groups, start):
                 effect = (batch.score(logits) - floor).cpu().numpy()
                 for i, unit in enumerate(members[at : at + len(effect)]):
                     out[places, column[unit]] = effect[i]
@@ -225,7 +225,7 @@ def head_position_effects(
     )
 
 
-def _sweep(
+def sweep(
     base: Replay, layer: Layer, new: Tensor, groups: list[tuple[int, ...]], start: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Logits [copy, batch, d_vocab] with each group of heads patched in a copy of its own."""

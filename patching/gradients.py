@@ -143,9 +143,7 @@ def backward(seen: Trace, score: Tensor, *, keep: bool = False) -> Trace:
     return Trace(**out)
 
 
-def gradients(
-    batch: "PairBatch", run: Replay, *, start: Tensor | None = None
-) -> Trace:
+def gradients(batch: "PairBatch", run: Replay, *, start: Tensor | None = None) -> Trace:
     """Gradients of the pairs' metric in a run of one of their prompts; see `trace`."""
     with torch.enable_grad():
         seen, logits = trace(run, start=start)

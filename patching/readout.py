@@ -89,7 +89,7 @@ def scale_at(
     """
     out = module(x[:, None])[:, 0] - (0 if norm.bias is None else norm.bias)
     direct = norm.direct(x)
-    scale = (out * direct).sum(-1) / (direct * direct).sum(-1).clamp_min(1e-30)
+    scale: Tensor = (out * direct).sum(-1) / (direct * direct).sum(-1).clamp_min(1e-30)
     wrong = float((out - scale[:, None] * direct).abs().max())
     if wrong > 1e-3 * float(out.abs().max()) + 1e-6:
         raise SiteError(f"{type(module).__name__} is no gain on a normalised vector")
@@ -175,8 +175,8 @@ class Readout:
     def _normalised(self, x: Tensor) -> Tensor:
         return x if self.tail.norm is None else self.tail.norm(x)
 
-    def share(self, vector: Float[Tensor, "batch d_model"]) -> Float[Tensor, " batch"]:
-        """What a part of the stream adds to the metric, the norm's scale frozen.
+    def share(self, vector: Float[Tensor, "part batch d_model"]) -> Float[Tensor, "part batch"]:
+        """What each part of the stream adds to the metric, the norm's scale frozen.
 
         Raises:
             SiteError: the metric is not linear in the normalised stream.

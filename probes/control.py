@@ -8,7 +8,10 @@ label of a type that it never saw.
 
 A permutation shuffles the labels themselves. It answers another question, whether there is any
 relation at all, and is the null of the tests here. It respects groups: if every group has one
-label, labels move between groups; if labels differ within groups, they move within them.
+label, labels move between groups of the same fold; if labels differ within groups, they move within
+them. Folds are balanced by label, so labels may not move between folds: given how many groups of
+each class a fold holds, and if features say nothing, every arrangement within folds is as likely
+as the real one.
 """
 
 from collections.abc import Sequence
@@ -77,22 +80,25 @@ def control_draws(
 def permutations(
     labels: Int[np.ndarray, " example"],
     groups: Int[np.ndarray, " example"],
+    folds: Int[np.ndarray, " example"],
     n: int,
     *,
     seed: int,
 ) -> Int[np.ndarray, "example draw"]:
-    """Shuffled labels, between groups of one label or else within groups."""
+    """Shuffled labels, between groups of one label in the same fold, or else within groups."""
     rng = np.random.default_rng([seed, 2])
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) != 0])
     members = np.split(order, starts[1:])
     out = np.empty((len(labels), n), dtype=np.int64)
     if all((labels[m] == labels[m[0]]).all() for m in members):
-        own = labels[[m[0] for m in members]]
+        first = np.array([m[0] for m in members])
         for draw in range(n):
-            shuffled = rng.permutation(own)
-            for m, label in zip(members, shuffled, strict=True):
-                out[m, draw] = label
+            own = labels[first]
+            for fold in np.unique(folds):
+                here = np.flatnonzero(folds[first] == fold)
+                own[here] = rng.permutation(own[here])
+            out[order, draw] = np.repeat(own, [len(m) for m in members])
         return out
     for draw in range(n):
         for m in members:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import InputError
-from probes.features import MEMORY, HeadFeatures, chunks, read_labels
+from probes.features import HeadFeatures, chunks, memory_on, read_labels
 from probes.probe import PROBES, Probe
 
 TOLERANCE = 1e-10
@@ -80,7 +80,7 @@ def fit_logistic(
     signs = torch.from_numpy(classes.index * 2.0 - 1)[:, None].to(features.x.device)
     n, d = len(features), features.x.shape[2]
     parts = []
-    for part in chunks(features.x.shape[1], 8 * n * (2 * d + 2)):
+    for part in chunks(features.x.shape[1], 8 * n * (d + 1), features.x.device):
         x = features.x[:, part].transpose(0, 1).double()
         parts.append(newton(x, signs, C, standardise, tolerance, max_iterations))
     coef, intercept, done, steps = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -113,7 +113,7 @@ def newton(
     theta = x.new_zeros(heads * labellings, d + 1)
     done = torch.zeros(len(theta), dtype=torch.bool, device=x.device)
     steps = torch.zeros(len(theta), dtype=torch.long, device=x.device)
-    width = max(1, MEMORY // (16 * n * (d + 1)))
+    width = max(1, memory_on(x.device) // (8 * n * (d + 1)))
     for _ in range(max_iterations):
         rest = (~done).nonzero()[:, 0]
         if not len(rest):

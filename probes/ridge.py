@@ -9,7 +9,7 @@ The Elements of Statistical Learning, 7.10). λ is the same number in all these 
 
 λ is chosen per head from a grid by the mean squared leave-one-out (or leave-one-group-out) error.
 A penalty is by default a multiple of the head's mean eigenvalue tr(XᵀX)/d, so that it means the
-same for heads of any scale.
+same for heads of any scale (d counts the features that vary).
 
 From streamed statistics there are no residuals of single examples, hence no leave-one-out: the
 fit is the same closed form, and λ is chosen by generalised cross-validation (Golub, Heath and
@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.errors import InputError
-from probes.features import MEMORY, HeadFeatures, chunks, read_groups
+from probes.features import HeadFeatures, chunks, read_groups
 from probes.probe import PROBES, Probe
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def fit_ridge(
     criterion = "leave-one-out" if len(names) == len(y) else "leave-one-group-out"
     parts = []
     n, d = len(features), features.x.shape[2]
-    for part in chunks(features.x.shape[1], 8 * n * (d + len(penalties) * y.shape[1])):
+    for part in chunks(features.x.shape[1], 8 * n * d, features.x.device):
         x = features.x[:, part].transpose(0, 1).double()
         parts.append(
             solve(x, y[:, None], torch.from_numpy(codes), check_penalties(penalties), relative)
@@ -125,7 +125,7 @@ def ridge_from_statistics(
     if n < 2:
         raise InputError(f"a fit needs at least two examples; got {n}")
     s, v = _spectrum(statistics.scatter)
-    lam = _absolute(grid, s, relative)
+    lam = _absolute(grid, statistics.scatter, relative)
     b = v.transpose(1, 2) @ statistics.cross  # [head, d, target]
     shrink = 1 / (s[:, :, None] + lam[:, None])  # [head, d, penalty]
     # ‖y − fit‖² = yᵀy − 2 bᵀ(S + λ)⁻¹b + bᵀ(S + λ)⁻¹ S (S + λ)⁻¹b, target by target.
@@ -166,14 +166,15 @@ def solve(
     heads, n, _ = x.shape
     mean = x.mean(dim=1, keepdim=True)
     centred = x - mean
-    s, v = _spectrum(centred.transpose(1, 2) @ centred)
+    gram = centred.transpose(1, 2) @ centred
+    s, v = _spectrum(gram)
     axes = centred @ v  # [head, example, d], columns orthogonal
-    lam = _absolute(penalties.to(x), s, relative)
+    lam = _absolute(penalties.to(x), gram, relative)
     leave = _Leave(axes, 1 / (s[:, :, None] + lam[:, None]), groups.to(x.device))
     offset = y.mean(dim=0)
     parts = []
     each = 8 * heads * n * y.shape[2] * len(penalties) * 2
-    for some in chunks(y.shape[1], each, memory=2 * MEMORY):
+    for some in chunks(y.shape[1], each, x.device, factor=16):
         parts.append(leave.fitted(y[:, some] - offset[some], held=held))
     best, error, weights, residual = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
     coef = torch.einsum("hde,hset->hdst", v, weights)
@@ -266,12 +267,15 @@ def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     return s.clamp_min(0), v
 
 
-def _absolute(penalties: Tensor, s: Tensor, relative: bool) -> Tensor:
+def _absolute(penalties: Tensor, gram: Tensor, relative: bool) -> Tensor:
     """λ [head, penalty]; a head whose z never varies gets the plain number."""
     if not relative:
-        return penalties.to(s)[None].expand(len(s), -1)
-    scale = s.mean(dim=1, keepdim=True)
-    return torch.where(scale > 0, scale, torch.ones_like(scale)) * penalties.to(s)
+        return penalties.to(gram)[None].expand(len(gram), -1)
+    variances = gram.diagonal(dim1=1, dim2=2)
+    # Zeros behind the vectors of small heads must not count as dimensions.
+    count = (variances > 0).sum(dim=1).clamp_min(1)
+    scale = (variances.sum(dim=1) / count)[:, None]
+    return torch.where(scale > 0, scale, torch.ones_like(scale)) * penalties.to(gram)
 
 
 def check_penalties(penalties: Sequence[float]) -> Float[Tensor, " penalty"]:

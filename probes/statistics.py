@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from interp.model import Model
     from interp.prompts import Prompt
 
-_BATCH = 2**25
-
 
 class HeadStatistics:
     """Count, means, scatter and cross products, added to in place.
@@ -94,7 +92,7 @@ class HeadStatistics:
         y = y - y_mean
         shift = y_mean - self.target_mean
         share = n / (self.n + n)
-        for part in chunks(len(self.heads), 8 * n * self.mean.shape[1], memory=_BATCH):
+        for part in chunks(len(self.heads), 8 * n * self.mean.shape[1], self.mean.device):
             x = features.x[:, part].transpose(0, 1).to(self.cross)
             mean = x.mean(dim=1)
             x = x - mean[:, None]

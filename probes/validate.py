@@ -13,8 +13,8 @@ It is nested: whatever a probe chooses, such as its penalty, it chooses within t
 The threshold of the table is the (1 − alpha) quantile of the best head's score under permuted
 labels: among a thousand heads without any information the best one looks well above chance, and a
 head is claimed only if it beats that and its q-value is at most alpha. Rows of the table are
-groups, since examples of one group are no independent evidence; the labelling of folds does not
-depend on the labels, so that permutations are exchangeable with the real labelling.
+groups, since examples of one group are no independent evidence. With few groups to a fold there are
+few permutations, and then nothing is claimed.
 """
 
 import math
@@ -30,7 +30,7 @@ from interp.errors import InputError
 from interp.scores import HeadScores
 from interp.stats import bh_qvalues, mean_and_count
 from probes.control import control_draws, permutations
-from probes.features import MEMORY, Classes, HeadFeatures, chunks, read_groups, read_labels
+from probes.features import Classes, HeadFeatures, chunks, read_groups, read_labels
 from probes.probe import Probe, make_probe
 
 Progress = Callable[[int, int], None]
@@ -80,11 +80,12 @@ def cross_validate(
     classes = read_labels(labels, len(features))
     names, codes = read_groups(features.owners if groups is None else groups, len(features))
     _check(fitter, classes, codes, len(names), folds, draws, alpha)
-    columns = [classes.index[:, None], permutations(classes.index, codes, draws, seed=seed)]
+    fold_of = _folds(classes.index, codes, folds, seed)
+    shuffles = permutations(classes.index, codes, fold_of, draws, seed=seed)
+    columns = [classes.index[:, None], shuffles]
     if types is not None:
         columns.append(control_draws(types, classes, codes, control_tasks, seed=seed))
     labelling = np.concatenate(columns, axis=1)
-    fold_of = _folds(len(names), folds, seed)[codes]
     rights = _rights(fitter, features, labelling, codes, fold_of, len(classes.names), progress)
     real, shuffled = rights[:, :, 0], rights[:, :, 1 : draws + 1]
     if groups is None and all(features.ids) and len(set(features.ids)) == len(names):
@@ -154,12 +155,22 @@ def _check(
         )
 
 
-def _folds(n_groups: int, folds: int, seed: int) -> Int[np.ndarray, " group"]:
-    """A fold for each group, of sizes as equal as can be."""
-    order = np.random.default_rng([seed, 3]).permutation(n_groups)
-    fold = np.empty(n_groups, dtype=np.int64)
-    fold[order] = np.arange(n_groups) % folds
-    return fold
+def _folds(
+    labels: Int[np.ndarray, " example"], codes: Int[np.ndarray, " example"], folds: int, seed: int
+) -> Int[np.ndarray, " example"]:
+    """A fold for each example: whole groups, balanced by their commonest label and by number.
+
+    Without balance the training part has too many of the class that the held-out part has too few
+    of, and a probe without information does worse than chance.
+    """
+    rng = np.random.default_rng([seed, 3])
+    counts = np.zeros((codes.max() + 1, labels.max() + 1), dtype=np.int64)
+    np.add.at(counts, (codes, labels), 1)
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(counts.argmax(axis=1)[order], kind="stable")]
+    fold = np.empty(len(counts), dtype=np.int64)
+    fold[order] = rng.permutation(folds)[np.arange(len(counts)) % folds]
+    return np.asarray(fold[codes])
 
 
 def _rights(
@@ -179,8 +190,7 @@ def _rights(
     sizes = groups.bincount()
     out = np.empty((len(sizes), heads, labelling.shape[1]))
     parts = [torch.from_numpy(fold_of == f).to(device) for f in range(int(fold_of.max()) + 1)]
-    # Per head: the features thrice, and decisions under each labelling.
-    for part in chunks(heads, 8 * n * (3 * d + 3 * labelling.shape[1]), memory=MEMORY):
+    for part in chunks(heads, 8 * n * d, device):
         x = features.x[:, part].transpose(0, 1).double()
         sums = x.new_zeros(len(sizes), x.shape[0], labels.shape[1])
         for held in parts:

@@ -84,7 +84,9 @@ def tiny(kind: str) -> Model:
     return interp.load(hf)
 
 
-def random_pairs(n: int = 3, *, length: int = 10, seed: int = 1, first: int = 3) -> list[PromptPair]:
+def random_pairs(
+    n: int = 3, *, length: int = 10, seed: int = 1, first: int = 3
+) -> list[PromptPair]:
     """Random tokens; the corrupted prompt differs at three positions from `first` on."""
     rng = random.Random(seed)
     pairs = []

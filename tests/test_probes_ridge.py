@@ -144,15 +144,22 @@ def test_zeros_behind_small_heads_change_nothing():
     assert bool((b.coef[:, 4:] == 0).all())
 
 
-def test_chunks_of_heads_do_not_matter(monkeypatch):
-    import probes.ridge as module
+def test_chunks_of_heads_and_of_targets_do_not_matter(monkeypatch):
+    import probes.features as module
 
     found, y = made(heads=5)
     whole = fit_ridge(found, y)
-    monkeypatch.setattr(module, "chunks", lambda n, size: (slice(i, i + 1) for i in range(n)))
+    sets = torch.randn(60, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    grid, groups = torch.tensor([0.1, 10.0], dtype=torch.float64), torch.arange(60) // 2
+    together = solve(found.x.transpose(0, 1), sets, groups, grid, True)
+    monkeypatch.setattr(module, "MEMORY", {"cpu": 1})
     single = fit_ridge(found, y)
     torch.testing.assert_close(whole.coef, single.coef)
     torch.testing.assert_close(whole.held_out, single.held_out)
+    for a, b in zip(
+        together, solve(found.x.transpose(0, 1), sets, groups, grid, True), strict=True
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_head_that_never_varies_predicts_the_mean():

@@ -1,5 +1,7 @@
 """Streamed sums: equal to all examples at once, however they are cut, ordered and merged."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,7 +44,7 @@ def same(found, rtol=1e-10):
 @given(st.lists(st.integers(0, 37), max_size=6), st.integers(0, 5))
 def test_streamed_equals_all_at_once(cuts, where):
     bounds = [0, *sorted(cuts), 37]
-    parts = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     shards = [empty(), empty()]
     for i, part in enumerate(parts):
         shards[i > where].add(HeadFeatures.of(X[part]), Y[part])
@@ -115,11 +117,11 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="same heads"):
         empty().merge(empty(1))
     with pytest.raises(InputError, match="not of classes"):
-        empty().add(HeadFeatures.of(X), Y).class_means  # noqa: B018
+        empty().add(HeadFeatures.of(X), Y).class_means
     with pytest.raises(InputError, match="'b' has none"):
         empty(classes=("a", "b")).add(
             HeadFeatures.of(X), indicators(["a"] * 37, ("a", "b"))
-        ).class_means  # noqa: B018
+        ).class_means
     with pytest.raises(InputError, match="must be among"):
         indicators(["c"], ("a", "b"))
     with pytest.raises(InputError, match="two classes"):

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ from interp.readings import (
 )
 from interp.seam.calls import AttnCall
 
-# A span of at most this many keys is gathered entry by entry; a longer one becomes a column.
-GATHERED_KEYS = 4
+# The entries of a span of at most so many keys are computed; a longer one becomes a column. A
+# column costs the kernel a tenth of its time whatever the span.
+STRIP_KEYS = 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,29 @@ class Pairs:
     """
 
     per_example: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """All entries of some rows and a few keys; the value is the mean over rows of their sum.
+
+    Attributes:
+        rows: for each example the query rows, ascending.
+        keys: for each example the keys.
+    """
+
+    rows: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The same as single entries."""
+        out = []
+        for q, k in zip(self.rows, self.keys, strict=True):
+            pairs = torch.cartesian_prod(q, k).view(-1, 2)
+            weight = torch.full((len(pairs),), 1 / max(len(q), 1), dtype=torch.float64)
+            out.append((pairs[:, 0], pairs[:, 1], weight))
+        return Pairs(tuple(out))
 
 
 Reducer = Callable[[Mapping[str, Tensor], AttnCall], tuple[Tensor, Tensor | None]]
@@ -149,6 +174,7 @@ class Plan:
     """All readings, compiled."""
 
     pairs: dict[str, Pairs] = field(default_factory=dict)
+    strips: dict[str, Strip] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     values: dict[str, Callable[[AttnCall], Tensor]] = field(default_factory=dict)
 
@@ -181,8 +207,11 @@ def compile_plan(
         match reading:
             case PairMass():
                 plan.pairs[name] = _related(reading, queries, keys)
-            case SpanMass(sample=None) if _short(keys.positions(reading.key)):
-                plan.pairs[name] = _crossed(queries.positions(reading.query), keys, reading.key)
+            case SpanMass(sample=None) if _short(keys.positions(reading.key), keys.width):
+                plan.strips[name] = Strip(
+                    tuple(torch.tensor(x) for x in queries.positions(reading.query)),
+                    tuple(torch.tensor(x) for x in keys.positions(reading.key)),
+                )
             case SpanMass():
                 g = group(reading.query, reading.sample)
                 at = g.add_columns(_indicator(keys, reading.key)[..., None])
@@ -219,8 +248,9 @@ def compile_plan(
     return plan
 
 
-def _short(spans: list[list[int]]) -> bool:
-    return all(0 < len(keys) <= GATHERED_KEYS for keys in spans)
+def _short(spans: list[list[int]], n_key: int) -> bool:
+    most = min(STRIP_KEYS, max(4, n_key // STRIP_KEYS))
+    return all(0 < len(keys) <= most for keys in spans)
 
 
 def _rows(positions: list[list[int]], sample: int | None) -> Group:
@@ -282,15 +312,6 @@ def _related(reading: PairMass, queries: Side, keys: Side) -> Pairs:
         n = len(pairs) if reading.per == "entry" else len(pairs[:, 0].unique())
         weight = torch.full((len(pairs),), 1 / max(n, 1), dtype=torch.float64)
         out.append((pairs[:, 0] + offset, pairs[:, 1] + offset, weight))
-    return Pairs(tuple(out))
-
-
-def _crossed(rows: list[list[int]], keys: Side, span: str) -> Pairs:
-    out = []
-    for q, k in zip(rows, keys.positions(span), strict=True):
-        pairs = torch.cartesian_prod(torch.tensor(q), torch.tensor(k)).view(-1, 2)
-        weight = torch.full((len(pairs),), 1 / max(len(q), 1), dtype=torch.float64)
-        out.append((pairs[:, 0], pairs[:, 1], weight))
     return Pairs(tuple(out))
 
 

@@ -114,9 +114,10 @@ class Edit:
                 raise InputError(f"op {self.op!r} is about whole rows; got keys {where.keys}")
             return
         wanted, other = ("keys", "queries") if self.site in ("k", "v") else ("queries", "keys")
-        if not getattr(where, other).everywhere:
+        given: Positions = getattr(where, other)
+        if not given.everywhere:
             raise InputError(
-                f"positions of site {self.site!r} are {wanted}; got {other} {getattr(where, other)}",
+                f"positions of site {self.site!r} are {wanted}; got {other} {given}",
                 hint=f"Where(..., {wanted}=...)",
             )
 
@@ -154,12 +155,13 @@ class Edit:
                     f"{tuple(value.shape)}"
                 )
         s = self.strength
-        if isinstance(s, Tensor) and s.dim():
-            if named is None or s.dim() > 2 or s.shape[0] != len(named):
-                raise InputError(
-                    f"a strength is a number, one per named head or layer, or one per head and "
-                    f"example; got shape {tuple(s.shape)}"
-                )
+        if isinstance(s, Tensor) and s.dim() and (
+            named is None or s.dim() > 2 or s.shape[0] != len(named)
+        ):
+            raise InputError(
+                f"a strength is a number, one per named head or layer, or one per head and "
+                f"example; got shape {tuple(s.shape)}"
+            )
 
     @property
     def operation(self) -> Op:

@@ -159,7 +159,7 @@ class Session:
         order = self._tracker.before(given)
         if order is None:
             self._gates.clear()
-        elif not torch.equal(order.cpu(), torch.arange(len(order))):
+        elif order.tolist() != list(range(len(order))):
             self._gates.reorder(order)
         self._forward = given
         self._reached.clear()
@@ -264,8 +264,9 @@ class Session:
 
             def of(positions: Positions, among: Place = among, part: Part = part) -> Tensor:
                 found = among.select(positions, part.owner)
-                every = torch.ones(rows, n_key, dtype=torch.bool, device=like.device)
-                return every if found is None else found
+                if found is not None:
+                    return found
+                return torch.ones(rows, n_key, dtype=torch.bool, device=like.device)
 
             params = {n: edit.setting(n) for n in op.params}
             others = {n: of(p) for n, p in params.items() if isinstance(p, Positions)}
@@ -281,9 +282,10 @@ class Session:
             return None
         self._reached.add(layer.name)
         # Windows and images have positions along several axes, or none.
-        x = site if site.dim() == 4 else site.reshape(1, -1, *site.shape[-2:])
+        flat = site.dim() != 4
+        x = site.reshape(1, -1, *site.shape[-2:]) if flat else site
         for part in parts:
-            if x is not site and not part.edit.plain:
+            if flat and not part.edit.plain:
                 raise SiteError(f"positions of {layer.name} are not those of a sequence")
             x = changed(x, part, self._place(layer.tower, part, x, x.shape[1]), self._gates)
         return x.reshape(site.shape)

@@ -227,7 +227,7 @@ def describe(
     ):
         return AttnCall(
             name, module, query, key, value, z,
-            scale=scale, mask=_tensor(attention_mask, n_query), softcap=softcap,
+            scale=scale, mask=_biased(_tensor(attention_mask, n_query), kwargs), softcap=softcap,
             sinks=sinks, pattern=weights, how="pattern",
         )  # fmt: skip
     said = kwargs.get("is_causal")
@@ -239,9 +239,7 @@ def describe(
         causal = False
     if mask is None or mask is not attention_mask:
         mask, causal = _by_argument(mask, query, key, causal, kwargs.get("sliding_window"))
-    if isinstance(bias := kwargs.get("position_bias"), Tensor):
-        hidden = additive(mask, bias.dtype)
-        mask = bias if hidden is None else bias + hidden
+    mask = _biased(mask, kwargs)
     return AttnCall(
         name, module, query, key, value, z,
         scale=scale, mask=mask, causal=causal and n_query > 1, softcap=softcap, sinks=sinks,
@@ -253,6 +251,14 @@ def _lacks_sink(weights: Tensor, sinks: Tensor | None) -> bool:
     if sinks is None or sinks.dim() != 1:
         return False
     return bool(weights.float().sum(-1).sub(1).abs().lt(1e-6).all())
+
+
+def _biased(mask: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The mask with the position bias that some models add to scores."""
+    if not isinstance(bias := kwargs.get("position_bias"), Tensor):
+        return mask
+    hidden = additive(mask, bias.dtype)
+    return bias if hidden is None else bias + hidden
 
 
 def _tensor(mask: Any, n_query: int) -> Tensor | None:
