@@ -13,7 +13,7 @@ DEFAULT_TOWER = "text"
 _FORM = re.compile(r"(?:(?P<tower>[A-Za-z_][\w-]*)\.)?[Ll]?(?P<layer>\d+)(?:\.|[Hh])(?P<head>\d+)")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, repr=False)
 class HeadId:
     """One attention head of a model.
 
@@ -33,6 +33,9 @@ class HeadId:
     def __str__(self) -> str:
         prefix = "" if self.tower == DEFAULT_TOWER else f"{self.tower}."
         return f"{prefix}L{self.layer}H{self.head}"
+
+    def __repr__(self) -> str:
+        return f"HeadId({str(self)!r})"
 
     @classmethod
     def parse(cls, text: str) -> "HeadId":

@@ -448,6 +448,8 @@ class Replay:
             q=call.q if q is None else q,
             k=call.k if k is None else k,
             v=call.v if v is None else v,
+            # A pattern that the model itself made is that of the old q and k.
+            pattern=call.pattern if q is None and k is None else None,
             lse=None,
             extra=None,
         )

@@ -188,7 +188,7 @@ class CircuitCurve:
 
     def _share(self, values: np.ndarray) -> Float[np.ndarray, " size"]:
         gap = float(self.full.mean() - self.empty.mean())
-        if gap == 0:
+        if abs(gap) < 1e-6 * max(1.0, abs(float(self.full.mean()))):
             raise InputError(
                 f"the metric must differ with and without heads; both are {self.full.mean():g}",
                 hint="choose another corruption, reference or metric",

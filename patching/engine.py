@@ -1,8 +1,9 @@
 """Exact activation patching of every head: many patched runs at once, replayed from the middle.
 
-All heads of a layer are patched in one launch, each in a copy of the batch of its own; blocks
-before the layer answer from memory, and so do keys and values of positions before the first one
-that differs (`interp.replay`). Patches of q, k, v and the pattern become patches of z: the head's
+Each head is patched in a copy of the batch of its own, and the copies of all layers share a pass
+in which the batch grows from block to block (`interp.staircase`); blocks before the first patched
+layer answer from memory, and so do keys and values of positions before the first one that differs
+(`interp.replay`). Patches of q, k, v and the pattern become patches of z: the head's
 attention is computed again from what was kept.
 
 Effect = m(patched) − m(base), per example. Noising patches the corrupted activation into the clean
@@ -11,7 +12,8 @@ run (what is necessary), denoising the reverse (what is sufficient).
 Sources: Meng et al. 2202.05262; Wang et al. 2211.00593; Heimersheim & Nanda 2404.15255.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from interp.registry import Registry
 from interp.replay import Replay
 from interp.scores import HeadScores
 from interp.seam.structure import Layer
+from interp.staircase import Step, possible, staircase
 from patching.effects import PositionEffects, table
 from patching.pairs import PairBatch, Pairs
 from patching.references import REFERENCES
@@ -134,14 +137,15 @@ def head_effects(
         base = base_run(batch, direction)
         floor = batch.score(base.logits)
         start = batch.first if reference == "other" else 0
+        new, cells = {}, []
         for layer, members in by_layer(model, units):
-            new = SITES[site](data, batch, direction, reference, layer)
-            groups = [_heads_of(layer, u, granularity) for u in members]
-            for at, logits in sweep(base, layer, new, groups, start):
-                effect = (batch.score(logits) - floor).cpu().numpy()
-                for i, unit in enumerate(members[at : at + len(effect)]):
-                    out[places, column[unit]] = effect[i]
-            done += len(members)
+            new[layer.name] = SITES[site](data, batch, direction, reference, layer)
+            cells += [Cell(layer, _heads_of(layer, u, granularity), u) for u in members]
+        for ran, logits in run_cells(base, cells, new, start):
+            effect = (batch.score(logits) - floor).cpu().numpy()
+            for cell, values in zip(ran, effect, strict=True):
+                out[places, column[cell.unit]] = values
+            done += len(ran)
             if progress is not None:
                 progress(done, total)
     return table(
@@ -194,23 +198,29 @@ def head_position_effects(
     out = np.zeros((len(data.pairs), len(units), n_pos))
     clean, corrupted = np.zeros(len(data.pairs)), np.zeros(len(data.pairs))
     column = {unit: i for i, unit in enumerate(units)}
-    done, total = 0, len(units) * len(data.groups())
+    done, total = 0, len(units) * n_pos * len(data.groups())
     for places, batch in data.batches():
         clean[places] = batch.score(batch.clean.logits).cpu()
         corrupted[places] = batch.score(batch.corrupted.logits).cpu()
         base = base_run(batch, direction)
         floor = batch.score(base.logits)
+        new = {
+            layer.name: SITES["z"](data, batch, direction, reference, layer)
+            for layer, _ in by_layer(model, units)
+        }
         first = batch.first if reference == "other" else 0
-        for layer, members in by_layer(model, units):
-            new = SITES["z"](data, batch, direction, reference, layer)
-            # In the last block of a causal model only the last position reaches the logits.
-            last = layer.causal and layer.index == len(base.blocks) - 1
-            begin = n_pos - 1 if last else first
-            for cells, logits in _cell_sweep(base, layer, new, members, begin, n_pos):
+        for position in range(n_pos):
+            cells = [
+                Cell(layer, (unit.head,), unit, position)
+                for layer, members in by_layer(model, units)
+                for unit in members
+                if position >= first and _reaches(base, layer, position)
+            ]
+            for ran, logits in run_cells(base, cells, new, position):
                 effect = (batch.score(logits) - floor).cpu().numpy()
-                for (unit, position), values in zip(cells, effect, strict=True):
-                    out[places, column[unit], position] = values
-            done += len(members)
+                for cell, values in zip(ran, effect, strict=True):
+                    out[places, column[cell.unit], position] = values
+            done += len(units)
             if progress is not None:
                 progress(done, total)
     return PositionEffects(
@@ -256,22 +266,94 @@ def size_of_launch(base: Replay, start: int) -> int:
     return max(1, TOKENS // (len(base.batch) * (base.n_pos - start)))
 
 
-def _cell_sweep(
-    base: Replay, layer: Layer, new: Tensor, members: Sequence[HeadId], begin: int, n_pos: int
-) -> Iterator[tuple[list[tuple[HeadId, int]], Tensor]]:
-    """Logits with each head patched at each position from `begin` on, some cells at a time."""
-    kept = base.kept[layer.name].z
-    position = begin
-    while position < n_pos:
-        start = position if base.suffix_works else 0
-        room = max(len(members), TOKENS // 2 // (len(base.batch) * (n_pos - start)))
-        upto = min(n_pos, position + max(1, room // len(members)))
-        cells = [(unit, p) for p in range(position, upto) for unit in members]
-        z = kept[None, :, start:].expand(len(cells), -1, -1, -1, -1).clone()
-        for i, (unit, p) in enumerate(cells):
-            z[i, :, p - start, unit.head] = new[:, p, unit.head].to(z)
-        yield cells, base.rerun({layer.name: z}, copies=len(cells), start=start)
-        position = upto
+@dataclass(frozen=True)
+class Cell:
+    """One patched run.
+
+    Attributes:
+        layer: layer of the patch.
+        heads: heads that are patched.
+        unit: the head (or key-value head) the run stands for.
+        position: the only position that is patched; None for all.
+    """
+
+    layer: Layer
+    heads: tuple[int, ...]
+    unit: HeadId
+    position: int | None = None
+
+
+def _reaches(base: Replay, layer: Layer, position: int) -> bool:
+    """In the last block of a causal model only the last position reaches the logits."""
+    last = layer.causal and layer.index == len(base.blocks) - 1
+    return not last or position == base.n_pos - 1
+
+
+def run_cells(
+    base: Replay, cells: Sequence[Cell], new: Mapping[str, Tensor], start: int
+) -> Iterator[tuple[list[Cell], Tensor]]:
+    """Logits [cell, batch, d_vocab] of patched runs, as many at once as are worth it.
+
+    Args:
+        base: the run that is patched.
+        cells: the patched runs.
+        new: attention module to the z that is put in, [batch, pos, head, d_v].
+        start: first position that any of them changes.
+    """
+    start = start if base.suffix_works else 0
+    # Runs of all layers share a launch, so that each block works on as many as fit.
+    launches = max(1, -(-len(cells) // size_of_launch(base, start)))
+    if not possible(base):
+        for layer in {c.layer.name: c.layer for c in cells}.values():
+            mine = [c for c in cells if c.layer.name == layer.name]
+            step = size_of_launch(base, start)
+            for at in range(0, len(mine), step):
+                yield from _launch(base, mine[at : at + step], new, start)
+        return
+    for i in range(launches):
+        if chosen := list(cells[i::launches]):
+            yield from _launch(base, chosen, new, start)
+
+
+def _launch(
+    base: Replay, cells: list[Cell], new: Mapping[str, Tensor], start: int
+) -> Iterator[tuple[list[Cell], Tensor]]:
+    """One launch, cut in two where it does not fit into memory."""
+    try:
+        if possible(base):
+            steps = [
+                Step(layer, _patched_z(base, [c for c in cells if c.layer is layer], new, start))
+                for layer in sorted({c.layer for c in cells}, key=lambda x: x.index)
+            ]
+            cells = sorted(cells, key=lambda c: c.layer.index)
+            logits = staircase(base, steps, start=start)
+        else:
+            z = _patched_z(base, cells, new, start)
+            logits = base.rerun({cells[0].layer.name: z}, copies=len(cells), start=start)
+    except (DeviceError, RuntimeError) as error:
+        if len(cells) == 1 or not _out_of_memory(error):
+            raise
+        half = len(cells) // 2
+        yield from _launch(base, cells[:half], new, start)
+        yield from _launch(base, cells[half:], new, start)
+        return
+    yield cells, logits
+
+
+def _patched_z(
+    base: Replay, cells: Sequence[Cell], new: Mapping[str, Tensor], start: int
+) -> Tensor:
+    """The z of each run from `start` on: [cell, batch, pos, head, d_v]."""
+    name = cells[0].layer.name
+    z = base.kept[name].z[:, start:]
+    z = z[None].expand(len(cells), *z.shape).clone()
+    for i, cell in enumerate(cells):
+        heads = list(cell.heads)
+        if cell.position is None:
+            z[i][:, :, heads] = new[name][:, start:, heads].to(z)
+        else:
+            z[i][:, cell.position - start, heads] = new[name][:, cell.position, heads].to(z)
+    return z
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -2,8 +2,10 @@
 
 import functools
 import random
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -52,6 +54,7 @@ _GEMMA = {
 _MAKERS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA)),
+    "llama-eager": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, attn_implementation="eager")),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=6)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GEMMA)),
     "gptj": lambda: GPTJForCausalLM(GPTJConfig(**_GPT, rotary_dim=4)),
@@ -81,6 +84,8 @@ def tiny(kind: str) -> Model:
         for parameter in hf.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
+            else:  # gains and biases that do nothing would hide mistakes
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return interp.load(hf)
 
 
@@ -104,3 +109,52 @@ def random_pairs(
             )
         )  # fmt: skip
     return pairs
+
+
+def logits_of(
+    model: Model, prompt: Prompt, changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+) -> Tensor:
+    """[d_vocab] last logits of one unpadded prompt, run whole.
+
+    Args:
+        model: the model.
+        prompt: the prompt.
+        changes: name of an attention module to a function of its z [pos, head, d_v].
+    """
+    handles = []
+    for name, change in (changes or {}).items():
+        layer = model.structure.layers[name]
+
+        def hook(module, args, layer=layer, change=change):  # type: ignore[no-untyped-def]
+            z = args[0].reshape(-1, layer.n_heads, layer.d_v)
+            return (change(z.clone()).reshape(args[0].shape), *args[1:])
+
+        module = model.hf.get_submodule(layer.projection)
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            return model.hf(torch.tensor([prompt.tokens])).logits[0, -1].float()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def seen_z(model: Model, prompt: Prompt) -> dict[str, Tensor]:
+    """z [pos, head, d_v] of every attention module on one unpadded prompt."""
+    out: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], Tensor]:
+        def change(z: Tensor) -> Tensor:
+            out[name] = z.clone()
+            return z
+
+        return change
+
+    logits_of(model, prompt, {name: note(name) for name in model.structure.layers})
+    return out
+
+
+def difference(logits: Tensor, prompt: Prompt) -> float:
+    """Logit of the answer minus logit of the wrong answer."""
+    assert prompt.answer is not None
+    return float(logits[prompt.answer[0]] - logits[prompt.meta["wrong"]])

@@ -475,6 +475,7 @@ def test_one_key_at_a_time_in_a_model_is_a_patch_of_one_key(kind):
     slope = gradients(batch, batch.clean)
     layer = pairs.model.tower("text").layers[1]
     got = one_key_at_a_time(batch, "noise", layer, slope)[0]
+    assert got.dtype == torch.float64  # saturated weights of a float32 model need its digits
     call = replace(batch.clean.call(layer), pattern=None)
     other = batch.corrupted.call(layer)
     heads = slice(0, layer.n_heads)

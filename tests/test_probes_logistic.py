@@ -70,6 +70,25 @@ def test_the_gradient_vanishes_on_hard_problems():
         assert bool((w.grad.abs() <= 1e-6 * (1 + size)).all()) and abs(float(b.grad)) < 1e-6
 
 
+@pytest.mark.parametrize("seed", [13, 180, 281])
+def test_full_steps_that_would_diverge_are_shortened(seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 1, 2, generator=rng, dtype=torch.float64)
+    x[0] *= 100
+    y = torch.randint(0, 2, (8,), generator=rng).tolist()
+    fit = fit_logistic(HeadFeatures.of(x), y, C=1e4)
+    assert bool(fit.converged.all())
+    # The loss of scikit-learn's own solution is no lower.
+    reference = fitted(x[:, 0].numpy(), y, 1e4)
+
+    def loss(w, b):
+        signed = (torch.tensor(y) * 2.0 - 1) * (x[:, 0] @ w + b)
+        return float(1e4 * torch.nn.functional.softplus(-signed).sum() + w @ w / 2)
+
+    ours = loss(fit.coef[0], fit.intercept[0])
+    assert ours <= loss(torch.tensor(reference.coef_[0]), reference.intercept_[0]) * (1 + 1e-9)
+
+
 def test_labellings_are_independent_of_each_other(monkeypatch):
     import probes.features as module
 

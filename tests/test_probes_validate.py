@@ -10,7 +10,13 @@ from sklearn.preprocessing import StandardScaler
 from interp.errors import InputError
 from interp.headid import HeadId
 from interp.scores import HeadScores
-from probes import HeadFeatures, control_labels, cross_validate, mean_difference
+from probes import (
+    HeadFeatures,
+    control_labels,
+    cross_validate,
+    make_probe,
+    mean_difference,
+)
 from probes.control import control_draws, permutations
 from probes.features import read_labels
 from probes.probe import PROBES
@@ -103,17 +109,42 @@ def test_equals_a_loop_of_scikit_learn_fits():
     assert scores.null_per_example is None and scores.n.tolist() == [20] * 3
 
 
-def test_ridge_chooses_its_penalty_within_the_training_part():
-    found, labels, _, _ = planted(n=40, heads=2, d=6, informed=1, snr=0.5)
-    scores = cross_validate(found, labels, draws=0)
+def test_ridge_chooses_its_penalty_within_the_training_part_and_by_groups():
+    # Prints of groups reward small penalties if a group may be on both sides.
+    found, labels, _, _ = planted(n=40, heads=4, d=6, informed=1, snr=0.5)
+    groups, labels = np.arange(40) // 4, np.array(labels)[np.arange(40) // 4 * 3]
+    prints = torch.randn(10, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    found = HeadFeatures.of(0.3 * found.x + 2 * prints[groups])
+    each = [f"{i}" for i in range(40)]
     y = torch.tensor(labels, dtype=torch.float64) * 2 - 1
-    fold = _folds(np.array(labels), np.arange(40), 5, 0)
+    fold = _folds(labels, groups, 5, 0)
+    scores = cross_validate(found, labels, groups=groups, draws=0)
+    differs = 0
     for f in range(5):
         out = np.flatnonzero(fold == f)
         rest = np.flatnonzero(fold != f)
-        fit = fit_ridge(found.rows(rest), y[rest])
+        fit = fit_ridge(found.rows(rest), y[rest], groups=groups[rest])
+        alone = fit_ridge(found.rows(rest), y[rest], groups=np.array(each)[rest])
         said = fit.predict(found.rows(out).x)[:, :, 0] > 0
-        np.testing.assert_array_equal(scores.per_example[out], said == (y[out] > 0)[:, None])
+        differs += int(((alone.predict(found.rows(out).x)[:, :, 0] > 0) != said).sum())
+        right = (said == (y[out] > 0)[:, None]).double()
+        for g in np.unique(groups[out]):
+            np.testing.assert_allclose(scores.per_example[g], right[groups[out] == g].mean(dim=0))
+    assert differs > 0, "the choice by single examples should say something else"
+
+
+def test_nearest_mean_with_unequal_and_missing_classes():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 30 + [1] * 6 + [3] * 4)
+    x = torch.randn(40, 3, 2, generator=rng, dtype=torch.float64)
+    x = x + labels[:, None, None] * torch.tensor([1.0, 0.5, 0.0])[:, None] + 5
+    test = 3 * torch.randn(50, 3, 2, generator=rng, dtype=torch.float64) + 5
+    said = make_probe("mean-difference").decide(
+        x.transpose(0, 1), labels[:, None], torch.arange(40), test.transpose(0, 1), n_classes=4
+    )
+    for h in range(3):
+        reference = NearestCentroid().fit(x[:, h].numpy(), labels).predict(test[:, h].numpy())
+        np.testing.assert_array_equal(said[h, :, 0], reference)
 
 
 def test_null_is_the_same_procedure_on_permuted_labels(monkeypatch):

@@ -109,7 +109,8 @@ def changed(
     factors = factors_of(edit, place, x)
     if factors is not None:
         s = op.neutral + factors.to(x)[:, None, None] * (s - op.neutral)
-    tensors = {n: _tensor(n, t, part, place, chosen, x) for n, t in edit.tensors.items()}
+    check_sizes(edit, x.shape[-1])
+    tensors = {n: _tensor(t, part, place, chosen, x) for n, t in edit.tensors.items()}
     tensors |= dict(extra or {})
     whole = part.units == tuple(range(x.shape[2]))
     index = torch.tensor(part.units, device=x.device)
@@ -120,18 +121,24 @@ def changed(
     return new if whole else x.index_copy(2, index, new)
 
 
-def _tensor(
-    name: str, value: Tensor, part: Part, place: Place, chosen: Tensor | None, x: Tensor
-) -> Tensor:
+def check_sizes(edit: Edit, d: int) -> None:
+    """Refuse tensors whose vectors are not of size d.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, value in edit.tensors.items():
+        size = value.shape[1] if name == "basis" else value.shape[-1]
+        if size != d:
+            raise InputError(
+                f"tensor {name!r} must have {d} numbers per vector at site {edit.site!r}; got "
+                f"{size}"
+            )
+
+
+def _tensor(value: Tensor, part: Part, place: Place, chosen: Tensor | None, x: Tensor) -> Tensor:
     """One tensor of an edit: the entries of this layer's units, at these columns."""
-    edit = part.edit
     value = value[list(part.entries)].to(x)
-    size = value.shape[1] if name == "basis" else value.shape[-1]
-    if size != x.shape[-1]:
-        raise InputError(
-            f"tensor {name!r} must have {x.shape[-1]} numbers per vector at site {edit.site!r}; "
-            f"got {size}"
-        )
     if value.dim() != 4:
         return value
     # [unit, example, position, d]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from interp.errors import InputError
+from interp.errors import InputError, SiteError
+from interp.recipe.act import check_sizes
 from interp.recipe.edit import Edit
 from interp.recipe.ops import VectorOp
 from interp.recipe.table import compile_table
@@ -32,9 +33,15 @@ def baked(recipe: "Recipe", model: "Model", *, new_bias: bool) -> "Model":
 
     Raises:
         InputError: an edit cannot be folded in exactly; the message names it.
+        SiteError: the model is a bridge, whose projections are not those of its class.
     """
     from interp.model import Model
 
+    if getattr(model, "bridge", None) is not None:
+        raise SiteError(
+            f"weights are changed in the model itself; {model.name} is a bridge",
+            hint="bake a model loaded without TransformerLens",
+        )
     for i, edit in enumerate(recipe.edits):
         why = _refused(edit)
         if why:
@@ -75,6 +82,8 @@ def _refused(edit: Edit) -> str:
         return "it depends on the input or the step"
     if any(t.dim() == 4 for t in edit.tensors.values()) and edit.op == "set":
         return "its values differ by example and position"
+    if isinstance(edit.strength, Tensor) and edit.strength.dim() > 1:
+        return "its strength differs by example"
     return ""
 
 
@@ -86,6 +95,7 @@ def _affine(edit: Edit, entry: int, d: int, device: torch.device) -> tuple[Tenso
     assert s is not None
     if isinstance(s, Tensor):
         s = (s[entry] if s.dim() else s).double()
+    check_sizes(edit, d)
     tensors = {n: t[entry : entry + 1].double().to(device) for n, t in edit.tensors.items()}
     params = {n: edit.setting(n) for n in op.params}
     basis = torch.eye(d, dtype=torch.float64, device=device)[:, None, None]  # batch of unit vectors

@@ -155,8 +155,10 @@ class Edit:
                     f"{tuple(value.shape)}"
                 )
         s = self.strength
-        if isinstance(s, Tensor) and s.dim() and (
-            named is None or s.dim() > 2 or s.shape[0] != len(named)
+        if (
+            isinstance(s, Tensor)
+            and s.dim()
+            and (named is None or s.dim() > 2 or s.shape[0] != len(named))
         ):
             raise InputError(
                 f"a strength is a number, one per named head or layer, or one per head and "

@@ -73,7 +73,7 @@ class Session:
         self._tracker = Tracker(encoder_decoder=decoder)
         self._gates = Gates()
         self._table = Table()
-        self._twins: dict[int, Twin] = {}
+        self._twins: dict[tuple[int, int], Twin] = {}
         self._stack = ExitStack()
         self._signature = inspect.signature(model.hf.forward)
         self._cache: Any = None
@@ -98,7 +98,12 @@ class Session:
 
     def _install(self, held: list[_Held]) -> None:
         table = compile_table(self.model, [h.recipe.edits for h in held])
-        twins = {id(p): Twin(self.model, p.edit.twin, p.owner) for p in table.logits if p.edit.twin}
+        twins = {
+            # Runs under way keep their caches.
+            _key(p): self._twins.get(_key(p)) or Twin(self.model, p.edit.twin, p.owner)
+            for p in table.logits
+            if p.edit.twin
+        }
         edits = [e for h in held for e in (*h.recipe.edits, *_twin_edits(h.recipe))]
         if twins and any(e.tower == "encoder" for e in edits) and self._tracker.encoder_decoder:
             raise InputError(
@@ -118,9 +123,9 @@ class Session:
             if table.logits:
                 stack.callback(hf.register_forward_hook(self._logits).remove)
             stack.callback(hf.register_forward_hook(self._after_all, always_call=True).remove)
-            if self._tracker.encoder_decoder and hasattr(hf, "get_encoder"):
-                encoder = hf.get_encoder()
-                hook = encoder.register_forward_pre_hook(self._encoder, with_kwargs=True)
+            find: Any = getattr(hf, "get_encoder", None)
+            if self._tracker.encoder_decoder and find is not None:
+                hook = find().register_forward_pre_hook(self._encoder, with_kwargs=True)
                 stack.callback(hook.remove)
             if any(t.attends for t in everything):
                 stack.enter_context(
@@ -344,7 +349,7 @@ class Session:
     def _second(self, part: Part, output: Any) -> Tensor:
         """The logits of the second run that a contrast asks for."""
         assert self._forward is not None
-        twin = self._twins[id(part)]
+        twin = self._twins[_key(part)]
         table, self._table, self._inner = self._table, twin.table, True
         try:
             return twin.run(self._forward, output)
@@ -374,6 +379,10 @@ class Session:
                 )
             frame = still(like.shape[0], n, like.device)
         return Place(frame, frame.first_of(n, keys=keys), n)
+
+
+def _key(part: Part) -> tuple[int, int]:
+    return id(part.edit), part.owner
 
 
 def _twin_edits(recipe: "Recipe") -> list[Edit]:

@@ -89,11 +89,11 @@ def _built(data: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -
 
     try:
         edits = [_edit(e, tensors, f"{i}.") for i, e in enumerate(data["edits"])]
+        return Recipe(tuple(edits), data.get("fingerprint"), data.get("notes", {}))
     except (KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error!r}") from None
     except InterpError as error:
         raise InputError(f"{path} cannot be used: {error}", hint=error.hint) from None
-    return Recipe(tuple(edits), data.get("fingerprint"), data.get("notes", {}))
 
 
 def _edit(data: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Edit:

@@ -184,9 +184,7 @@ def watched(
         # No hook runs after an interrupt from the keyboard.
         stack.callback(watch.stop)
         for module, name in names.items():
-            stack.callback(
-                module.register_forward_pre_hook(enter(name), with_kwargs=True).remove
-            )
+            stack.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             # Who came last listens on top, and so hears what the others' edits have made.
             stack.callback(
                 module.register_forward_hook(leave(name), always_call=True, prepend=True).remove

@@ -19,10 +19,12 @@ class Task(ABC):
     Attributes:
         summary: one line for lists and help.
         spans: span names that every prompt of the task has, beside `all`.
+        target: span of the tokens that a model should predict, for prompts without an answer.
     """
 
     summary: ClassVar[str]
     spans: ClassVar[tuple[str, ...]] = ()
+    target: ClassVar[str] = "all"
 
     @abstractmethod
     def prompts(self, model: "Model", n: int, *, seed: int = 0) -> "list[Prompt]":

@@ -37,7 +37,7 @@ def _list(*things: int) -> str:
     return f"On the {{surface}} there is {first}, {second} and {third}."
 
 
-TEMPLATE = f"{_list(4, 5, 6)}{_ASK.format('o5')} {{c5}}\n{_list(1, 2, 3)}{_ASK.format('asked')}"
+TEMPLATE = f"{_list(4, 5, 6)}{_ASK.format('o5')} {{c5}}. {_list(1, 2, 3)}{_ASK.format('asked')}"
 FRAME = ("", "c1", "o1", "", "c2", "o2", "", "c3", "o3", "", "", "asked", "")
 
 

@@ -38,24 +38,36 @@ class PairTask(Task):
 
 
 def single_tokens(model: "Model", words: Iterable[str]) -> dict[str, int]:
-    """The words that are one token within a sentence, and that token.
+    """The words that are one token wherever they stand in a sentence, and that token.
 
     Raises:
         InputError: the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise InputError(f"texts need a tokenizer and {model.name} has none", hint="use style=ids")
-    empty = _ids(model, "the and the")
+    frames = [(tail, _ids(model, f"the{tail}")) for tail in _TAILS]
     found: dict[str, int] = {}
     for word in words:
-        ids = _ids(model, f"the {word} and the")
-        if empty is None or ids is None or len(ids) != len(empty) + 1:
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(ids, empty, strict=False)) if a != b), -1)
-        fits = at >= 0 and ids[:at] + ids[at + 1 :] == empty
-        if fits and ids[at] != model.tokenizer.unk_token_id and ids[at] not in found.values():
-            found[word] = ids[at]
+        tokens = {_added(_ids(model, f"the {word}{tail}"), empty) for tail, empty in frames}
+        token = tokens.pop()
+        if not tokens and token not in (None, model.tokenizer.unk_token_id, *found.values()):
+            assert token is not None
+            found[word] = token
     return found
+
+
+# What may follow a word; some tokenizers join a word and its stop.
+_TAILS = (" and the", ", the", ". The", "? The")
+
+
+def _added(ids: list[int] | None, empty: list[int] | None) -> int | None:
+    """The one token that `ids` has more than `empty`, or None."""
+    if ids is None or empty is None or len(ids) != len(empty) + 1:
+        return None
+    for i, token in enumerate(ids):
+        if i == len(empty) or token != empty[i]:
+            return token if ids[:i] + ids[i + 1 :] == empty else None
+    return None
 
 
 def enough(model: "Model", kind: str, words: Sequence[str], least: int) -> dict[str, int]:

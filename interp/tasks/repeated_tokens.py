@@ -36,6 +36,7 @@ class RepeatedTokens(Task):
 
     summary: ClassVar[str] = "random tokens, repeated (previous-token, duplicate, induction)"
     spans: ClassVar[tuple[str, ...]] = ("first", "repeats")
+    target: ClassVar[str] = "repeats"
 
     def __post_init__(self) -> None:
         if self.length < 2 or self.repeats < 2:

@@ -1,0 +1,44 @@
+"""Options that the commands which act on heads share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--heads",
+        "-H",
+        help="L9H6, a layer L3, all, top:20@RUN, claimed@RUN or a file; several with commas.",
+    ),
+]
+Task = Annotated[str | None, typer.Option("--task", "-t", help="Task; see list tasks.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", "-p", allow_dash=True, help="Own prompts: text or JSONL file, - is stdin."
+    ),
+]
+Labelled = Annotated[
+    Path,
+    typer.Option(
+        "--prompts", "-p", allow_dash=True,
+        help='JSONL, {"text": ..., "label": ..., "group": ...} a line; - is stdin.',
+    ),
+]  # fmt: skip
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder of the run; in runs/ if absent.")
+]
+Save = Annotated[bool, typer.Option(help="Keep a run; the same command is answered from it.")]
+N = Annotated[int, typer.Option(min=1, help="Prompts of a task.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time.")]
+Seed = Annotated[int, typer.Option(help="Seed of tasks and controls.")]
+Tower = Annotated[str | None, typer.Option(help="Tower to act on; the model's first if absent.")]
+Metric = Annotated[str, typer.Option(help="What is measured on the logits: list metrics.")]
+Controls = Annotated[int, typer.Option(min=0, help="Draws of random heads of the same layers.")]
+Param = Annotated[list[str] | None, typer.Option(help="NAME:KEY=VALUE; may be given often.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Use a recipe on a model it was not made for.")
+]

@@ -1,0 +1,132 @@
+"""Answers kept as runs: the same command again is read from its run, nothing is computed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.exits import say
+from interp.scores import HeadScores
+
+if TYPE_CHECKING:
+    from interp.model import Model
+    from interp.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found.
+
+    Attributes:
+        tables: scores by name.
+        facts: everything else, as JSON holds it.
+        folder: the run it is kept in, if any.
+        old: whether it was read from the run.
+    """
+
+    tables: Mapping[str, HeadScores]
+    facts: Mapping[str, Any]
+    folder: Path | None = None
+    old: bool = False
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How the answer of a command is kept.
+
+    Attributes:
+        save: whether it is kept at all.
+        out: folder of the run, or None for one in `runs/`.
+        names: words for the folder's name: the command and its method.
+        model: name of the model, for the folder's name.
+        command: the command line.
+        quiet: say nothing.
+    """
+
+    save: bool
+    out: Path | None
+    names: Sequence[str]
+    model: str
+    command: str
+    quiet: bool
+
+
+def kept(
+    keeping: Keeping, key: Mapping[str, Any], compute: "Callable[[], Answer]", **about: Any
+) -> Answer:
+    """The answer of a run of this key, or a new one, kept.
+
+    Args:
+        keeping: where and whether.
+        key: all that the answer depends on.
+        compute: makes the answer.
+        about: further facts for `run.json`.
+    """
+    from interp.files import jsonable
+
+    def fresh() -> Answer:
+        try:
+            made = compute()
+        except KeyboardInterrupt:
+            say("interrupted; nothing was kept")
+            raise
+        # As it will be read back, so that old and new answers look alike.
+        return Answer(made.tables, jsonable(made.facts))
+
+    if not keeping.save:
+        return fresh()
+    import platform
+
+    from app.folders import folder_for
+    from interp.run import COMPLETE, Run
+
+    folder = keeping.out or folder_for(keeping.names, keeping.model, key)
+    info = {
+        "command": keeping.command, "model": keeping.model, "batches": 1,
+        "python": platform.python_version(), **about,
+    }  # fmt: skip
+    with Run.open_or_create(folder, key, info) as run:
+        if run.status == COMPLETE:
+            answer = Answer(run.scores, run.part(0).meta, run.folder, old=True)
+            news = f"answered from the saved run {run.folder}; nothing was computed"
+        else:
+            made = fresh()
+            if 0 not in run.finished:
+                run.put_part(0, {}, made.facts)
+            run.finish(list(made.tables.values()))
+            answer = Answer(made.tables, made.facts, run.folder)
+            news = f"saved: {run.folder}"
+    if not keeping.quiet:
+        say(news)
+    return answer
+
+
+def key_of(model: "Model", what: str, **rest: Any) -> dict[str, Any]:
+    """What any answer depends on: the model and this version; and the rest."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        mine = version("headscope")
+    except PackageNotFoundError:
+        mine = "not installed"
+    return {
+        "what": what,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.dtype),
+        "attention": str(getattr(model.text_config, "_attn_implementation", None)),
+        "headscope": mine,
+        **rest,
+    }
+
+
+def digest(prompts: "Sequence[Prompt]") -> str:
+    """Hash of what prompts hold."""
+    import hashlib
+    import json
+
+    content = [
+        [p.id, p.tokens, sorted(p.spans.items()), p.answer, str(p.meta.get("wrong"))]
+        for p in prompts
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

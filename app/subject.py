@@ -1,0 +1,164 @@
+"""What a command works on: a task or own prompts, made for the model once it is there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app import params
+from app.catalog import check
+from app.exits import UsageError
+from app.keep import digest
+from interp.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from interp.model import Model
+    from interp.promptfile import Line
+    from interp.prompts import Prompt, PromptPair
+    from interp.tasks import Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A task or own prompts, checked as far as it can be without a model.
+
+    Attributes:
+        task: name of the task, or None.
+        lines: own prompts, or None.
+        params: parameters by task, detector or method.
+        n: prompts of a task.
+        batch_size: prompts at a time.
+        seed: seed of the task.
+        tower: tower to act on; the model's first if None.
+    """
+
+    task: str | None
+    lines: "Sequence[Line] | None"
+    params: params.Params
+    n: int
+    batch_size: int
+    seed: int
+    tower: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The task's name, or that these are own prompts."""
+        return self.task or "own prompts"
+
+    def make(self) -> "Task | None":
+        """The task; None for own prompts.
+
+        Raises:
+            UsageError: a parameter's value does not fit.
+        """
+        return None if self.task is None else params.task_of(self.task, (), self.params)
+
+    def prompts(self, model: "Model", *, seed: int = 0) -> "tuple[list[Prompt], str]":
+        """The prompts, and the span of the tokens to predict.
+
+        Args:
+            model: the model they are for.
+            seed: added to the task's seed.
+
+        Raises:
+            InputError: prompts that do not fit the model.
+        """
+        from interp.promptfile import to_prompts
+
+        task = self.make()
+        if task is not None:
+            return task.prompts(model, self.n, seed=self.seed + seed), task.target
+        return to_prompts(self.lines or (), model), "all"
+
+    def pairs(self, model: "Model") -> "list[PromptPair]":
+        """The pairs of a task of pairs; see `check_pairs`."""
+        from interp.tasks.pairs import PairTask
+
+        task = self.make()
+        assert isinstance(task, PairTask)
+        return task.pairs(model, self.n, seed=self.seed)
+
+    def key(self, prompts: "Sequence[Prompt]") -> dict[str, Any]:
+        """What answers depend on, for a run's key."""
+        return {
+            "task": self.name, "params": {k: dict(v) for k, v in self.params.items()},
+            "n": self.n, "seed": self.seed, "batch_size": self.batch_size, "tower": self.tower,
+            "prompts": digest(prompts),
+        }  # fmt: skip
+
+
+def subject(
+    task: str | None,
+    prompts: Path | None,
+    *,
+    param: Sequence[str] | None = None,
+    method: str | None = None,
+    detector: str | None = None,
+    n: int = 20,
+    batch_size: int = 8,
+    seed: int = 0,
+    tower: str | None = None,
+) -> Subject:
+    """Check what a command line names; prompts are read, no model is.
+
+    Raises:
+        UsageError: both or neither of task and prompts, or a parameter of another form.
+        UnknownNameError: no such task or parameter.
+        PromptFileError: the prompts cannot be read.
+    """
+    if task is not None:
+        check("task", task)
+        if prompts is not None:
+            raise UsageError("--prompts and --task exclude each other; got both")
+    mine: dict[str, dict[str, str]] = {}
+    rest = []
+    for text in param or ():
+        if method is None or not text.startswith(f"{method}:"):
+            rest.append(text)
+            continue
+        where, equals, value = text.partition("=")
+        key = where.removeprefix(f"{method}:")
+        known = check("method", method).params
+        if not equals:
+            raise UsageError(f"--param must be NAME:KEY=VALUE; got {text!r}")
+        if key not in known:
+            raise UnknownNameError(f"parameter of method {method!r}", key, known)
+        mine.setdefault(method, {})[key] = value
+    if rest and task is None and detector is None:
+        raise UsageError(f"--param {rest[0]} belongs to no task or method of this command")
+    read = params.read(rest, () if detector is None else (detector,), task) if rest else {}
+    lines = None
+    if prompts is not None:
+        from interp.promptfile import read_file
+
+        lines = read_file(prompts)
+    return Subject(task, lines, {**read, **mine}, n, batch_size, seed, tower)
+
+
+def check_pairs(task: str) -> None:
+    """Refuse a task without pairs, before a model is loaded.
+
+    Raises:
+        UsageError: the task makes no pairs.
+    """
+    from interp.tasks import TASKS
+
+    if not is_pairs(task):
+        known = [name for name in TASKS if is_pairs(name)]
+        raise UsageError(
+            f"this needs a task of pairs, clean and corrupted; {task} has none",
+            hint=f"tasks of pairs: {', '.join(known)}",
+        )
+
+
+def is_pairs(task: str) -> bool:
+    """Whether a task makes pairs."""
+    from interp.tasks import TASKS
+    from interp.tasks.pairs import PairTask
+
+    return issubclass(TASKS[task], PairTask)
+
+
+def usage(error: InputError) -> UsageError:
+    """A mistake in a value of the command line, as such."""
+    return UsageError(str(error), hint=error.hint)

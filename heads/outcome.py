@@ -1,0 +1,95 @@
+"""What a model does on prompts, with and without a recipe: log-probability and accuracy.
+
+The tokens to predict are the answer, fed after the prompt, or for prompts without an answer those
+of a span. Per example:
+
+    log-prob   mean over the tokens to predict of log p(token | what precedes it), in nats
+    correct    1 if each of them is the most likely token, else 0 (share of them without answer)
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from interp.errors import InputError
+from interp.prompts import Prompt
+
+if TYPE_CHECKING:
+    from interp.model import Model
+    from interp.recipe.recipe import Recipe
+
+TARGET = "tokens to predict"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model did on some prompts.
+
+    Attributes:
+        log_prob: per example, in nats.
+        correct: per example, within [0, 1].
+    """
+
+    log_prob: Float[np.ndarray, " example"]
+    correct: Float[np.ndarray, " example"]
+
+
+def with_targets(prompts: Sequence[Prompt], target: str) -> list[Prompt]:
+    """Prompts with their answers appended and the tokens to predict as a span.
+
+    Raises:
+        InputError: a prompt has neither an answer nor a token to predict.
+    """
+    out = []
+    for prompt in prompts:
+        if prompt.answer:
+            n = len(prompt)
+            spans = {**prompt.spans, TARGET: ((n, n + len(prompt.answer)),)}
+            out.append(replace(prompt, tokens=(*prompt.tokens, *prompt.answer), spans=spans))
+            continue
+        places = [i for i in prompt.positions(target) if i > 0]
+        if not places:
+            raise InputError(f"prompt {prompt.id or '?'} has no token to predict")
+        spans = {**prompt.spans, TARGET: tuple((i, i + 1) for i in places)}
+        out.append(replace(prompt, spans=spans))
+    return out
+
+
+@torch.no_grad()
+def outcome(
+    model: "Model",
+    prompts: Sequence[Prompt],
+    recipe: "Recipe | None" = None,
+    *,
+    batch_size: int = 4,
+) -> Outcome:
+    """Run prompts made by `with_targets`, under a recipe if one is given.
+
+    Args:
+        model: the model.
+        prompts: prompts with the span of tokens to predict.
+        recipe: switched on while they run.
+        batch_size: prompts at a time.
+    """
+    log_prob, correct = np.zeros(len(prompts)), np.zeros(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch_size):
+        places = order[at : at + batch_size]
+        batch = model.batch([prompts[i] for i in places], side="left")
+        with recipe.on(model, spans=batch) if recipe is not None else nullcontext():
+            logits = model.forward(batch.inputs()).logits
+        for row, (i, columns) in enumerate(zip(places, batch.positions(TARGET), strict=True)):
+            index = torch.tensor(columns, device=logits.device)
+            said = logits[row, index - 1].float()
+            tokens = batch.input_ids[row, index]
+            gained = said.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            hit = said.argmax(-1) == tokens
+            log_prob[i] = float(gained.mean())
+            share = hit.float().mean()
+            correct[i] = float(hit.all()) if prompts[i].answer else float(share)
+    return Outcome(log_prob, correct)

@@ -1,0 +1,182 @@
+"""Patched runs of several layers in one pass: the batch grows from block to block.
+
+A run patched at layer l is the kept run up to there. So one pass carries them all: it starts with
+the runs of the first patched layer, and each further layer adds its own, with the hidden states
+that the kept run had before it. Every block then runs once, on a batch large enough to be worth its
+weights, instead of once for each earlier layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp.errors import DeviceError
+from interp.replay import Replay, _expand, _first, _forward_as, _map
+from interp.seam.structure import Layer
+
+
+@dataclass(frozen=True)
+class Step:
+    """The runs that are patched at one layer.
+
+    Attributes:
+        layer: the layer.
+        z: [copy, batch, pos, head, d_v] from the first changed position on.
+    """
+
+    layer: Layer
+    z: Tensor
+
+
+def possible(replay: Replay) -> bool:
+    """Whether the model's attention modules put out the projection of z and nothing else."""
+    batch = replay.batch
+    return (
+        all(kept.plain for kept in replay.kept.values())
+        and not batch.extra
+        and batch.decoder is None
+    )
+
+
+@torch.no_grad()
+def staircase(
+    replay: Replay, steps: Sequence[Step], *, start: int = 0
+) -> Float[Tensor, "copy batch d_vocab"]:
+    """Logits at the last token of the runs of all steps, in their order.
+
+    Args:
+        replay: the kept run; `possible(replay)` must hold.
+        steps: at most one per layer, by rising layer.
+        start: first position that differs from the kept run; 0 unless `replay.suffix_works`.
+
+    Raises:
+        DeviceError: the runs do not fit into memory.
+    """
+    hf, size = replay.model.hf, len(replay.batch)
+    by_block = {s.layer.index: s for s in steps}
+    first = min(by_block)
+    before = {}  # runs that are on their way when a block begins
+    count = 0
+    for i in range(len(replay.blocks)):
+        before[i] = count
+        count += by_block[i].z.shape[0] if i in by_block else 0
+    try:
+        with ExitStack() as stack:
+            for i, name in enumerate(replay.blocks):
+                module = hf.get_submodule(name)
+                if i < first:
+                    value = _map(replay._outputs[i], lambda x: _cut(x, replay, start))
+                    stack.enter_context(_forward_as(module, lambda *a, _v=value, **k: _v))
+                    continue
+                step = by_block.get(i)
+                stack.enter_context(
+                    _forward_as(module, _block(replay, i, before[i], step, start, module))
+                )
+                if step is not None:
+                    attention = hf.get_submodule(step.layer.name)
+                    stack.enter_context(
+                        _forward_as(attention, _attention(replay, step, before[i], attention))
+                    )
+            inputs: dict[str, Any] = dict(replay.batch.inputs())
+            if start:
+                inputs["input_ids"] = inputs["input_ids"][:, start:]
+                inputs["past_key_values"] = _cache(replay, before, start)
+            logits = replay._forward(inputs)
+    except torch.OutOfMemoryError as error:  # pragma: no cover - needs an accelerator
+        raise DeviceError(
+            f"{count} patched runs of {size} prompts do not fit into memory",
+            hint="use a smaller batch",
+        ) from error
+    return logits.view(count, size, -1)
+
+
+def _cut(x: Tensor, replay: Replay, start: int) -> Tensor:
+    n_pos = replay.n_pos
+    return x[:, start:] if x.dim() >= 2 and x.shape[1] == n_pos and start else x
+
+
+def _block(
+    replay: Replay, i: int, before: int, step: Step | None, start: int, module: nn.Module
+) -> Callable[..., Any]:
+    """A block that runs all runs on their way, and those that begin here."""
+    own, size = module.forward, len(replay.batch)
+    new = step.z.shape[0] if step is not None else 0
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if new:
+            # Before the first block stands the embedding, which the model itself computed.
+            kept = hidden[:size] if i == 0 else _cut(_first(replay._outputs[i - 1]), replay, start)
+            fresh = _expand(kept, new).flatten(0, 1)
+            hidden = torch.cat([hidden[: before * size], fresh]) if before else fresh
+        rows = (before + new) * size
+        return own(
+            hidden,
+            *(_map(a, lambda x: _rows(x, size, rows)) for a in args),
+            **{k: v if k == "past_key_values" else _map(v, lambda x: _rows(x, size, rows))
+               for k, v in kwargs.items()},
+        )  # fmt: skip
+
+    def by_keyword(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return forward(*args, **kwargs)
+        return forward(kwargs.pop("hidden_states"), **kwargs)
+
+    return by_keyword
+
+
+def _attention(replay: Replay, step: Step, before: int, module: nn.Module) -> Callable[..., Any]:
+    """Attention of the runs on their way, and the given z for those that begin here."""
+    own, size = module.forward, len(replay.batch)
+    projection = replay.model.hf.get_submodule(step.layer.projection)
+    kept = replay.kept[step.layer.name].output
+    rows = (before + step.z.shape[0]) * size
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        made = projection(step.z.flatten(0, 1).flatten(-2))
+        if not before:
+            if isinstance(kept, Tensor):
+                return made
+            return (made, *[None] * (len(kept) - 1))
+
+        def cut(x: Tensor) -> Tensor:
+            return x[: before * size] if x.dim() and x.shape[0] == rows else x
+
+        live = own(
+            *(_map(a, cut) for a in args),
+            **{k: v if k == "past_key_values" else _map(v, cut) for k, v in kwargs.items()},
+        )
+        if isinstance(live, Tensor):
+            return torch.cat([live, made])
+        return (torch.cat([live[0], made]), *[None] * (len(live) - 1))
+
+    return forward
+
+
+def _rows(x: Tensor, size: int, rows: int) -> Tensor:
+    """What a block is told of each example, for each run; what holds for all stays as it is."""
+    if x.dim() == 0 or x.shape[0] != size or (size == 1 and x.dim() > 0):
+        return x
+    return _expand(x, rows // size).flatten(0, 1)
+
+
+def _cache(replay: Replay, before: Mapping[int, int], start: int) -> Any:
+    """A cache of what came before `start`, for as many runs as each block has on its way."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer in replay.tower.layers:
+        call = replay.kept[layer.name].call
+        assert call is not None and call.k is not None and call.v is not None
+        # A cache without rows would count as empty: where none is read, the kept ones stand in.
+        copies = max(1, before[layer.index])
+        cache.update(
+            _expand(call.k[:, :, :start], copies).flatten(0, 1),
+            _expand(call.v[:, :, :start], copies).flatten(0, 1),
+            layer.index,
+        )
+    return cache
