@@ -6,7 +6,7 @@ file, `@DETECTORS.register("sink")`, so its name and what it says of itself can 
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +18,8 @@ _PACKAGES: Mapping[str, tuple[str, str]] = {
     "detector": ("heads", "DETECTORS"),
     "task": ("interp.tasks", "TASKS"),
     "zoo model": ("interp.zoo", "ZOO"),
+    "method": ("patching", "METHODS"),
+    "probe": ("probes", "PROBES"),
 }
 KINDS = tuple(_PACKAGES)
 _Entry = ast.FunctionDef | ast.ClassDef
@@ -28,7 +30,7 @@ class Entry:
     """One registered name.
 
     Attributes:
-        kind: `detector`, `task` or `zoo model`.
+        kind: `detector`, `task`, `zoo model`, `method` (of patching) or `probe`.
         name: its name in the registry.
         summary: one line.
         params: parameter to the text of its default.
@@ -50,12 +52,14 @@ def entries(kind: str) -> Mapping[str, Entry]:
     package, registry = _PACKAGES[kind]
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations
+    paths = [p for f in spec.submodule_search_locations for p in sorted(Path(f).glob("*.py"))]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    classes = {x.name: x for tree in trees for x in tree.body if isinstance(x, ast.ClassDef)}
     found = {}
-    for folder in spec.submodule_search_locations:
-        for path in sorted(Path(folder).glob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node, name in _registered(tree, registry):
-                found[name] = _entry(kind, name, node, ast.get_docstring(tree) or "")
+    for tree in trees:
+        for node, name in _registered(tree, registry):
+            lines = _lines(node, classes) if isinstance(node, ast.ClassDef) else []
+            found[name] = _entry(kind, name, node, lines, ast.get_docstring(tree) or "")
     return dict(sorted(found.items()))
 
 
@@ -83,10 +87,16 @@ def _registered(tree: ast.Module, registry: str) -> Iterator[tuple[_Entry, str]]
                         yield node, name
 
 
-def _entry(kind: str, name: str, node: _Entry, module: str) -> Entry:
+def _lines(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.stmt]:
+    """The body of a class after those of its bases in the same package: fields are inherited."""
+    bases = [classes[x.id] for x in node.bases if isinstance(x, ast.Name) and x.id in classes]
+    return [line for base in bases for line in _lines(base, classes)] + node.body
+
+
+def _entry(kind: str, name: str, node: _Entry, lines: Sequence[ast.stmt], module: str) -> Entry:
     said: dict[str, str] = {}
     params = {}
-    for line in node.body if isinstance(node, ast.ClassDef) else ():
+    for line in lines:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
             if "ClassVar" not in ast.unparse(line.annotation):
                 params[line.target.id] = ast.unparse(line.value)

@@ -12,11 +12,14 @@ from typing import Annotated
 
 import typer
 
+from app.ablate import ablate
 from app.exits import INTERRUPTED, USAGE, code_of, explain, say
 from app.lists import listing
 from app.medic import doctor
+from app.patch import attribute, patch
 from app.rank import rank
 from app.saved import compare, show
+from app.verdicts import verdict
 
 app = typer.Typer(
     name="headscope",
@@ -28,6 +31,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("rank")(rank)
+app.command("verdict")(verdict)
+app.command("ablate")(ablate)
+app.command("patch")(patch)
+app.command("attribute")(attribute)
 app.command("show")(show)
 app.command("compare")(compare)
 app.command("list")(listing)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.exits import say
-from interp.scores import HeadScores
 
 if TYPE_CHECKING:
     from interp.model import Model
     from interp.prompts import Prompt
+    from interp.scores import HeadScores
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Answer:
         old: whether it was read from the run.
     """
 
-    tables: Mapping[str, HeadScores]
+    tables: "Mapping[str, HeadScores]"
     facts: Mapping[str, Any]
     folder: Path | None = None
     old: bool = False
@@ -52,7 +52,7 @@ class Keeping:
 
 
 def kept(
-    keeping: Keeping, key: Mapping[str, Any], compute: "Callable[[], Answer]", **about: Any
+    keeping: Keeping, key: Mapping[str, Any], compute: Callable[[], Answer], **about: Any
 ) -> Answer:
     """The answer of a run of this key, or a new one, kept.
 

@@ -1,4 +1,4 @@
-"""`headscope list`: detectors, tasks and zoo models."""
+"""`headscope list`: what there is to choose from."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,18 +11,21 @@ from app.exits import UsageError
 from app.tables import Format, Part, Table, write
 from interp.errors import UnknownNameError
 
-_WORDS = {"detectors": "detector", "tasks": "task", "zoo": "zoo model"}
+_WORDS = {
+    "detectors": "detector", "tasks": "task", "zoo": "zoo model", "methods": "method",
+    "probes": "probe",
+}  # fmt: skip
 _COLUMNS = ("kind", "name", "summary", "params", "task", "citation")
 
 
 def listing(
     what: Annotated[
-        str | None, typer.Argument(help="detectors, tasks or zoo; everything if absent.")
+        str | None, typer.Argument(help=f"{', '.join(_WORDS)}; everything if absent.")
     ] = None,
     format: o.Formatted = Format.auto,
     debug: o.Debug = False,
 ) -> None:
-    """List detectors, tasks and zoo models."""
+    """List detectors, tasks, zoo models, methods and probes."""
     if what is not None and what not in _WORDS:
         raise UnknownNameError("list", what, _WORDS)
     kinds = KINDS if what is None else [_WORDS[what]]

@@ -30,9 +30,20 @@ def steps(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(f"{what}, left"), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{what}, left"),
+        TimeRemainingColumn(),
+    )
     with Progress(
         *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False
     ) as bar:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from interp.model import Model
 
 
+_BLOCK = 1 << 25  # entries of the pattern held at once
+
+
 @dataclass(frozen=True)
 class Check:
     """One identity on one model.
@@ -263,37 +266,46 @@ class _Watch:
         layer = self.layers[call.name]
         self.calls[call.name] = self.calls.get(call.name, 0) + 1
         self.how[call.name] = call.how
-        heads = slice(0, call.n_heads)
+        # A few rows at a time: towers of tiled images attend over thousands of patches.
+        step = max(1, _BLOCK // (call.n_heads * call.n_key))
         for b in range(min(call.z.shape[0], 2)):
-            p = call.rows(b, heads, slice(0, call.n_query))
-            real = self._real_rows(b, call)
-            p, z = p[:, real], call.z[b].transpose(0, 1)[:, real].to(p)
-            total = p.sum(-1)
-            gap = (total - 1).clamp_min(0) if layer.sinks else (total - 1).abs()
-            self.sums.see(float(gap.max()), call.name)
-            if call.v is not None:
-                v = call.v[b].to(p).repeat_interleave(call.n_heads // call.v.shape[1], dim=0)
-                size = float(z.abs().max().clamp_min(1))
-                self.z.see(float((p @ v - z).abs().max()) / size, call.name)
-            if layer.causal and call.n_query == call.n_key:
-                rows = torch.arange(call.n_query, device=p.device)[real]
-                later = torch.arange(call.n_key, device=p.device)[None] > rows[:, None]
-                self.future.see(float((p * later).max()), call.name)
-            pad = self._padding(b, call)
-            if pad is not None:
-                self.padding.see(float(p[..., pad].max()) if bool(pad.any()) else 0.0, call.name)
-            if call.lse is not None:
-                s = call.scores(b, heads, slice(0, call.n_query))
-                gap = (call.row_lse(s, heads) - call.lse[b])[:, real].abs()
-                # Scores of size s carry a rounding error of s·eps, and so does all made of them.
-                seen = s.masked_fill(s <= MASKED / 2, 0).abs().max()
-                limit = self.limit + 8 * float(seen) * torch.finfo(s.dtype).eps
-                self.lse.see(float(gap.max()), call.name, limit)
-            if call.lse is not None and call.extra is not None:
-                ones = torch.ones(call.n_key, 1, device=p.device, dtype=p.dtype)
-                columns = torch.cat([ones, ones.cumsum(0) / call.n_key], dim=-1)
-                extra = call.extra[b].transpose(0, 1)[:, real].to(p)
-                self.appended.see(float((p @ columns - extra).abs().max()), call.name, limit)
+            for at in range(0, call.n_query, step):
+                self._block(call, layer, b, slice(at, min(at + step, call.n_query)))
+
+    def _block(self, call: AttnCall, layer: Layer, b: int, rows: slice) -> None:
+        heads = slice(0, call.n_heads)
+        real = self._real_rows(b, call)[rows]
+        if not bool(real.any()):
+            return
+        p = call.rows(b, heads, rows)[:, real]
+        z = call.z[b].transpose(0, 1)[:, rows][:, real].to(p)
+        total = p.sum(-1)
+        gap = (total - 1).clamp_min(0) if layer.sinks else (total - 1).abs()
+        self.sums.see(float(gap.max()), call.name)
+        if call.v is not None:
+            v = call.v[b].to(p).repeat_interleave(call.n_heads // call.v.shape[1], dim=0)
+            size = float(call.z[b].abs().max().clamp_min(1))
+            self.z.see(float((p @ v - z).abs().max()) / size, call.name)
+        if layer.causal and call.n_query == call.n_key:
+            query = torch.arange(call.n_query, device=p.device)[rows][real]
+            later = torch.arange(call.n_key, device=p.device)[None] > query[:, None]
+            self.future.see(float((p * later).max()), call.name)
+        pad = self._padding(b, call)
+        if pad is not None:
+            self.padding.see(float(p[..., pad].max()) if bool(pad.any()) else 0.0, call.name)
+        if call.lse is None:
+            return
+        s = call.scores(b, heads, rows)
+        gap = (call.row_lse(s, heads) - call.lse[b][:, rows])[:, real].abs()
+        # Scores of size s carry a rounding error of s·eps, and so does all made of them.
+        seen = s.masked_fill(s <= MASKED / 2, 0).abs().max()
+        limit = self.limit + 8 * float(seen) * torch.finfo(s.dtype).eps
+        self.lse.see(float(gap.max()), call.name, limit)
+        if call.extra is not None:
+            ones = torch.ones(call.n_key, 1, device=p.device, dtype=p.dtype)
+            columns = torch.cat([ones, ones.cumsum(0) / call.n_key], dim=-1)
+            extra = call.extra[b].transpose(0, 1)[:, rows][:, real].to(p)
+            self.appended.see(float((p @ columns - extra).abs().max()), call.name, limit)
 
     def _text(self, name: str, n: int) -> bool:
         tower = self.layers[name].tower

@@ -244,6 +244,21 @@ class Replay:
             logits = self._forward(self._inputs(copies, start))
         return logits.view(copies, len(self.batch), -1)
 
+    @torch.no_grad()
+    def ends(
+        self, changes: Mapping[str, Tensor], *, copies: int, start: int = 0, freeze: bool = False
+    ) -> Float[Tensor, "copy batch d_model"]:
+        """As `rerun`, but the residual stream at the last token, without the unembedding."""
+        last = self.blocks[-1]
+        record = Record(blocks=(last,))
+        get = getattr(self.model.hf, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        with ExitStack() as stack:
+            if isinstance(head, nn.Module):
+                stack.enter_context(_forward_as(head, lambda x: x[..., :1]))
+            self.rerun(changes, copies=copies, start=start, freeze=freeze, record=record)
+        return record.leaving[last][:, -1].view(copies, len(self.batch), -1)
+
     def _block_of(self, name: str) -> int:
         return self.model.structure.layers[name].index
 

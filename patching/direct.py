@@ -32,7 +32,7 @@ from interp.seam.structure import Layer
 from patching.effects import table
 from patching.engine import SITES, base_run, by_layer, prepared, size_of_launch, units_of
 from patching.method import METHODS, Method
-from patching.pairs import PairBatch, Pairs
+from patching.pairs import Pairs
 from patching.readout import Readout, readout
 
 MLPS = ("frozen", "live")
@@ -127,14 +127,14 @@ def direct_effects(
         corrupted[places] = batch.score(batch.corrupted.logits).cpu()
         base = base_run(batch, direction)
         closed = mlps == "frozen" and adds_up(base)
-        read = readout(base, batch) if closed else None
+        read = readout(base, batch)
         for layer, members in by_layer(model, units):
             new = SITES["z"](data, batch, direction, reference, layer)[:, -1]
             chosen = [m.head for m in members]
-            if read is not None:
+            if closed:
                 effect = _closed(read, base, layer, new, chosen)
             else:
-                effect = _rerun(base, batch, layer, new, chosen, mlps)
+                effect = _rerun(read, base, layer, new, chosen, mlps)
             for i, unit in enumerate(members):
                 out[places, column[unit]] = effect[i].cpu().numpy()
             done += len(members)
@@ -154,18 +154,23 @@ def _closed(
 
 
 def _rerun(
-    base: Replay, batch: PairBatch, layer: Layer, new: Tensor, heads: list[int], mlps: str
+    read: Readout, base: Replay, layer: Layer, new: Tensor, heads: list[int], mlps: str
 ) -> Float[Tensor, "head batch"]:
-    kept = base.kept[layer.name].z
-    floor = batch.score(base.logits)
-    size = size_of_launch(base, base.n_pos - 1 if base.suffix_works else 0)
+    kept, start = base.kept[layer.name].z, base.n_pos - 1
+    floor = read.batch.score(base.logits)
+    size = size_of_launch(base, start if base.suffix_works else 0)
     effects = []
     for at in range(0, len(heads), size):
         some = heads[at : at + size]
         z = kept[None].expand(len(some), *kept.shape).clone()
         for i, head in enumerate(some):
             z[i, :, -1, head] = new[:, head].to(z)
-        effects.append(batch.score(frozen_rerun(base, layer, z, mlps=mlps)) - floor)
+        if mlps == "live" and read.direction is not None:  # no need of all the logits
+            change = {layer.name: z[:, :, start:]}
+            ends = base.ends(change, copies=len(some), start=start, freeze=True)
+            effects.append(read.effect(ends - read.resid))
+        else:
+            effects.append(read.batch.score(frozen_rerun(base, layer, z, mlps=mlps)) - floor)
     return torch.cat(effects)
 
 

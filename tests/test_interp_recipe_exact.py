@@ -349,6 +349,7 @@ def test_beams_equal_no_cache_and_eager(gate: bool) -> None:
         torch.testing.assert_close(x.sequences_scores, got.sequences_scores, **CLOSE)
     after = beams(model)
     assert torch.equal(after.sequences, plain.sequences)
+    assert "reorder_cache" not in vars(got.past_key_values)
 
 
 def test_sampled_returns_follow_their_prompt() -> None:
@@ -433,14 +434,24 @@ def test_nothing_is_left_behind(family: str, end: type[BaseException] | None) ->
         torch.testing.assert_close(model.hf(**inputs).logits, base, rtol=0, atol=0)
 
 
-def test_a_recipe_that_cannot_be_switched_on_leaves_others_as_they_are() -> None:
+def test_a_recipe_that_cannot_be_switched_on_leaves_others_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = handle("llama")
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise SiteError("not here")
+
     batch = model.batch(prompts(), side="left")
     before = hooks(model.hf)
     with Recipe(Edit("zero", at("0.1"))).on(model):
         want = logits(model, batch)
         with pytest.raises(HeadIdError), Recipe(Edit("zero", at("7.1"))).on(model):
             pass
+        monkeypatch.setattr(model, "observe", broken)
+        with pytest.raises(SiteError, match="not here"):
+            with Recipe(Edit("temperature", at("1.1"), 0.5)).on(model):
+                pass
         torch.testing.assert_close(logits(model, batch), want, rtol=0, atol=0)
     assert hooks(model.hf) == before
 

@@ -1,0 +1,150 @@
+"""Patching methods on pairs: shared by `ablate`, `patch` and `attribute`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from app.exits import say
+from app.headset import HeadSet
+from app.keep import Answer, Keeping, kept, key_of
+from app.loading import Source, waiting
+from app.steps import steps
+from app.subject import Subject, check_pairs, usage
+from app.tables import Format, Part, Table, write
+from interp.errors import InputError
+
+if TYPE_CHECKING:
+    from interp.headid import HeadId
+    from interp.model import Model
+    from interp.scores import HeadScores
+    from patching.method import Method
+    from patching.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class PairWork:
+    """A method on pairs.
+
+    Attributes:
+        source: the model.
+        subject: the task.
+        heads: which heads; only methods that measure head by head can be told.
+        method: name of the method.
+        metric: name of the metric.
+        settings: parameters of the method.
+    """
+
+    source: Source
+    subject: Subject
+    heads: HeadSet | None
+    method: str
+    metric: str
+    settings: Mapping[str, Any]
+
+    def check(self) -> "Method":
+        """Refuse what can be refused without a model.
+
+        Raises:
+            UsageError: a task without pairs, or a value that does not fit.
+            UnknownNameError: no such metric.
+        """
+        from interp.metrics import METRICS
+
+        assert self.subject.task is not None
+        check_pairs(self.subject.task)
+        METRICS[self.metric]
+        return self.made()
+
+    def made(self) -> "Method":
+        """The method with its parameters."""
+        from patching.method import make_method
+
+        try:
+            return make_method(self.method, self.settings)
+        except InputError as error:
+            raise usage(error) from error
+
+    def run(self, keeping: Keeping, model: "Model", ids: "list[HeadId] | None" = None) -> Answer:
+        """Effects of heads on pairs, from a run if there is one.
+
+        Args:
+            keeping: where and whether the answer is kept.
+            model: the model.
+            ids: only these heads, of `ablate` and `patch`; every head if None.
+        """
+        from patching.pairs import Pairs
+
+        asked, method = self.subject, self.made()
+        listed = asked.pairs(model)
+        data = Pairs(
+            model, listed, metric=self.metric, batch_size=asked.batch_size,
+            tower=asked.tower or next(iter(model.towers)),
+        )  # fmt: skip
+        both = [p for pair in listed for p in (pair.clean, pair.corrupted)]
+        key = key_of(
+            model, self.method, settings=dict(self.settings), metric=self.metric,
+            heads=None if ids is None else [str(h) for h in ids], **asked.key(both),
+        )  # fmt: skip
+
+        def compute() -> Answer:
+            with steps("heads", quiet=keeping.quiet) as report:
+                if ids is None:
+                    table = method.scores(data, progress=report)
+                else:
+                    table = _some(model, data, self.settings, ids, report)
+            return Answer({table.detector: table}, {"notes": _notes(table)})
+
+        return kept(keeping, key, compute, task=asked.name, seed=asked.seed)
+
+
+def _some(
+    model: "Model", data: "Pairs", settings: Mapping[str, Any], ids: "list[HeadId]", report: Any
+) -> "HeadScores":
+    from patching.engine import head_effects
+
+    return head_effects(
+        model, data, heads=ids, tower=data.tower, progress=report, **settings
+    )  # fmt: skip
+
+
+def _notes(table: "HeadScores") -> list[str]:
+    about = table.provenance
+    notes = []
+    if about.get("clean") or about.get("corrupted"):
+        notes.append(f"clean {about['clean']:.4g}, corrupted {about['corrupted']:.4g}")
+    if "verified" in about:
+        notes.append(str(about["verified"]))
+    return notes
+
+
+def dry(work: PairWork, *, paired: bool, format: Format, quiet: bool) -> None:
+    """Write how much a request would run, without loading the weights of the model."""
+    from app.estimate import _COLUMNS, _outline, _row
+
+    with waiting("counting", quiet=quiet):
+        model = _outline(work.source)
+        if paired:
+            prompts = [
+                p for pair in work.subject.pairs(model) for p in (pair.clean, pair.corrupted)
+            ]
+        else:
+            prompts = work.subject.prompts(model)[0]
+        config = model.text_config
+        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+        total = layers * int(getattr(config, "num_attention_heads", 0) or 0)
+        named = [x for x in (work.heads.items if work.heads else ()) if not hasattr(x, "last")]
+        heads = len(named) if named else total
+    counted, most = "counted", "at most: blocks before a head are not run again"
+    rows = [
+        _row("prompts", len(prompts), "", counted),
+        _row("tokens", sum(map(len, prompts)), "", counted),
+        _row("longest prompt", max(map(len, prompts)), "tokens", counted),
+        _row("heads", heads, "", counted),
+        _row("runs of a prompt", (heads + 1) * len(prompts) // (2 if paired else 1), "", counted),
+        _row("tokens through the model", (heads + 1) * sum(map(len, prompts)), "", most),
+    ]
+    title = f"{work.method} on {work.source.name}; nothing was run"
+    facts = {"model": work.source.name, "estimate": True}
+    write(Table("headscope.estimate", _COLUMNS, [Part(title, rows)], facts, limit=None), format)
+    if not quiet:
+        say(title)

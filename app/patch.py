@@ -1,0 +1,135 @@
+"""`headscope patch` and `headscope attribute`: effects of heads on pairs of prompts."""
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from app import actoptions as a
+from app import options as o
+from app.ablate import other_models
+from app.catalog import check
+from app.effects import write_effects
+from app.exits import UsageError
+from app.headset import parse
+from app.keep import Keeping
+from app.loading import Source
+from app.pairwork import PairWork, dry
+from app.subject import subject
+from app.tables import Format
+
+DEFAULT_MODEL, DEFAULT_TASK = "zoo:planted-ioi", "ioi"
+_SITES = ("z", "q", "k", "v", "pattern")
+_DIRECTIONS = ("noise", "denoise")
+
+
+def patch(
+    context: typer.Context,
+    heads: a.Heads = None,
+    model: o.Model = DEFAULT_MODEL,
+    task: Annotated[str, typer.Option("--task", "-t", help="A task of pairs.")] = DEFAULT_TASK,
+    site: Annotated[str, typer.Option(help=f"One of {', '.join(_SITES)}.")] = "z",
+    direction: Annotated[
+        str,
+        typer.Option(help="noise: corrupted into clean (necessary); denoise: the reverse."),
+    ] = "noise",
+    metric: a.Metric = "logit-difference",
+    top: o.Top = None,
+    out: a.Out = None,
+    save: a.Save = True,
+    format: o.Formatted = Format.auto,
+    n: a.N = 20,
+    batch_size: a.BatchSize = 8,
+    seed: a.Seed = 0,
+    tower: a.Tower = None,
+    param: a.Param = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    dry_run: a.DryRun = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Replace a head's activation by that of the pair's other prompt; exact.
+
+    The effect is the change of the metric in the patched run; `recovered` is its share of the
+    difference between the two runs.
+    """
+    if site not in _SITES:
+        raise UsageError(f"--site must be one of {', '.join(_SITES)}; got {site!r}")
+    if direction not in _DIRECTIONS:
+        raise UsageError(f"--direction must be noise or denoise; got {direction!r}")
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    asked = subject(task, None, param=param, n=n, batch_size=batch_size, seed=seed, tower=tower)
+    chosen = parse(heads) if heads else None
+    source.check()
+    work = PairWork(source, asked, chosen, "patch", metric, {"site": site, "direction": direction})
+    work.check()
+    if dry_run:
+        dry(work, paired=True, format=format, quiet=quiet)
+        return
+    loaded = source.load(quiet=quiet)
+    ids = chosen.of(loaded, tower=tower, kv=site in ("k", "v")) if chosen else None
+    if chosen is not None and not quiet:
+        other_models(chosen, source.name)
+    keeping = Keeping(
+        save, out, [f"patch.{direction}"], source.name,
+        shlex.join(["headscope", *(context.obj or ())]), quiet,
+    )  # fmt: skip
+    answer = work.run(keeping, loaded, ids)
+    write_effects(
+        answer, schema="headscope.patch", value="effect", format=format, top=top, quiet=quiet
+    )
+
+
+def attribute(
+    context: typer.Context,
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="One of list methods, such as atp.")
+    ],
+    model: o.Model = DEFAULT_MODEL,
+    task: Annotated[str, typer.Option("--task", "-t", help="A task of pairs.")] = DEFAULT_TASK,
+    metric: a.Metric = "logit-difference",
+    top: o.Top = None,
+    out: a.Out = None,
+    save: a.Save = True,
+    format: o.Formatted = Format.auto,
+    n: a.N = 20,
+    batch_size: a.BatchSize = 8,
+    seed: a.Seed = 0,
+    tower: a.Tower = None,
+    param: a.Param = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Score heads by any method of patching or attribution.
+
+    Estimates are verified by exact patches where the method does so; see the column `exact`.
+    Parameters: --param METHOD:KEY=VALUE.
+    """
+    check("method", method)
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    asked = subject(
+        task, None, param=param, method=method, n=n, batch_size=batch_size, seed=seed, tower=tower
+    )
+    source.check()
+    work = PairWork(source, asked, None, method, metric, asked.params.get(method, {}))
+    work.check()
+    loaded = source.load(quiet=quiet)
+    keeping = Keeping(
+        save, out, ["attribute", method], source.name,
+        shlex.join(["headscope", *(context.obj or ())]), quiet,
+    )  # fmt: skip
+    write_effects(
+        work.run(keeping, loaded), schema="headscope.attribute", value="effect", format=format,
+        top=top, quiet=quiet,
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""`headscope verdict`: do the heads that a detector claims matter?"""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app import actoptions as a
+from app import options as o
+from app import params
+from app.catalog import check
+from app.exits import UsageError, say
+from app.keep import Answer, Keeping, kept, key_of
+from app.loading import Source
+from app.steps import steps
+from app.subject import Subject, subject
+from app.tables import Format, Part, Table, write
+
+if TYPE_CHECKING:
+    from heads.verdict import Verdict
+    from interp.model import Model
+    from interp.scores import HeadScores
+
+_COLUMNS = (
+    "head", "verdict", "score", "null", "effect", "ci_lo", "ci_hi", "control", "q", "accuracy",
+    "control_accuracy",
+)  # fmt: skip
+_OPS = ("zero", "uniform")
+
+
+def verdict(
+    context: typer.Context,
+    detector: Annotated[
+        str, typer.Argument(metavar="DETECTOR", help="What the heads do; see list detectors.")
+    ],
+    model: o.Model = o.DEFAULT_MODEL,
+    task: a.Task = None,
+    prompts: a.Prompts = None,
+    most: Annotated[int, typer.Option(min=1, help="Claimed heads to ablate, best first.")] = 8,
+    controls: Annotated[int, typer.Option(min=1, help="Draws of random matched heads.")] = 5,
+    op: Annotated[str, typer.Option(help="Ablation: zero, or uniform attention.")] = "zero",
+    least: Annotated[
+        float, typer.Option(min=0, help="Effect in nats below which a head is not causal.")
+    ] = 0.01,
+    fdr: Annotated[float, typer.Option(min=0, max=1, help="False discovery rate.")] = 0.05,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Run whose scores are used, instead of scoring.")
+    ] = None,
+    out: a.Out = None,
+    save: a.Save = True,
+    format: o.Formatted = Format.auto,
+    n: a.N = 20,
+    batch_size: a.BatchSize = 4,
+    seed: a.Seed = 0,
+    param: a.Param = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Say of each head that a detector claims whether it matters.
+
+    Each claimed head, and all of them together, are ablated beside random heads of the same layers:
+    causal, redundant, correlated only; or no evidence where nothing is claimed.
+    """
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    check("detector", detector)
+    if op not in _OPS:
+        raise UsageError(f"--op of a verdict must be zero or uniform; got {op!r}")
+    asked = subject(
+        task, prompts, param=param, detector=detector, n=n, batch_size=batch_size, seed=seed
+    )
+    source.check()
+    made_earlier = None if scores is None else _scores(scores, detector)
+    settings = {
+        "most": most, "controls": controls, "op": op, "least": least, "fdr": fdr,
+        "scores": None if made_earlier is None else made_earlier.provenance.get("content")
+        or str(scores),
+    }  # fmt: skip
+    loaded = source.load(quiet=quiet)
+    [judge] = params.detectors_of([detector], asked.params)
+    own = asked.prompts(loaded)[0] if prompts is not None else None
+    made = None if prompts is not None else params.task_of(task, [judge], asked.params)
+    key = key_of(
+        loaded, "verdict", detector=detector, detector_params=judge.params, settings=settings,
+        **(asked.key(own or ()) | {"task": _task_name(asked, judge.task)}),
+    )  # fmt: skip
+    keeping = Keeping(
+        save, out, ["verdict", detector], source.name,
+        shlex.join(["headscope", *(context.obj or ())]), quiet,
+    )  # fmt: skip
+
+    def compute() -> Answer:
+        from heads.verdict import verdict as judged
+
+        with steps("runs", quiet=quiet) as report:
+            found = judged(
+                loaded, made, judge, prompts=own, scores=made_earlier, n=n, most=most,
+                controls=controls, op=op, least=least, fdr=fdr, batch_size=batch_size, seed=seed,
+                progress=report,
+            )  # fmt: skip
+        return _answer(found, loaded, op)
+
+    answer = kept(keeping, key, compute, first=detector, seed=seed, task=key["task"])
+    _write(answer, detector, source.name, format, quiet)
+
+
+def _task_name(asked: Subject, own: str) -> str:
+    return own if asked.task is None and asked.lines is None else asked.name
+
+
+def _scores(place: Path, detector: str) -> "HeadScores":
+    from app.saved import _chosen, _tables
+
+    return _chosen(_tables(place)[0], detector)
+
+
+def _answer(found: "Verdict", model: "Model", op: str) -> Answer:
+    tables = {found.scores.detector: found.scores}
+    if found.heads:
+        effects = _effects(found, model, op)
+        tables[effects.detector] = effects
+    accuracy = float(found.base.correct.mean())
+    sentences = str(found).splitlines()
+    facts = {
+        "detector": found.detector,
+        "task": found.task,
+        "n": len(found.base.correct),
+        "accuracy": accuracy,
+        "log_prob": float(found.base.log_prob.mean()),
+        "rows": found.rows(),
+        "sentences": [line.strip() for line in sentences],
+        "note": found.note,
+        "params": dict(found.params),
+    }
+    return Answer(tables, facts)
+
+
+def _effects(found: "Verdict", model: "Model", op: str) -> "HeadScores":
+    """The effects of the single heads, so that `show` and the dashboard can read them."""
+    import numpy as np
+
+    from interp.scores import HeadScores
+
+    effects = [h.effect for h in found.heads if h.effect is not None]
+    n = len(found.base.log_prob)
+    return HeadScores(
+        detector=f"verdict.{op}",
+        heads=tuple(h.head for h in found.heads),
+        per_example=np.stack([e.per_example for e in effects], axis=1),
+        null_per_example=np.stack([e.control for e in effects], axis=1),
+        examples=tuple(f"example-{i}" for i in range(n)),
+        unit="change of log-probability (nats)",
+        direction="lower",
+        params=dict(found.params),
+        provenance={"model": model.name, "fingerprint": model.fingerprint, "task": found.task},
+        extras={"accuracy": np.array([e.accuracy for e in effects])},
+    )
+
+
+def _write(answer: Answer, detector: str, model: str, format: Format, quiet: bool) -> None:
+    facts = answer.facts
+    rows: list[dict[str, Any]] = list(facts["rows"])
+    strong = frozenset(i for i, row in enumerate(rows) if row["verdict"] == "causal")
+    title = f"verdict on {detector}: {model}, right in {facts['accuracy']:.0%}, n = {facts['n']}"
+    folder = None if answer.folder is None else str(answer.folder)
+    part = Part(title, rows, strong)
+    write(
+        Table("headscope.verdict", _COLUMNS, [part], {"run": folder, "model": model, **facts},
+              limit=None), format
+    )  # fmt: skip
+    if not quiet:
+        for line in facts["sentences"]:
+            say(line)
