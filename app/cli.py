@@ -17,8 +17,14 @@ from app.exits import INTERRUPTED, USAGE, code_of, explain, say
 from app.lists import listing
 from app.medic import doctor
 from app.patch import attribute, patch
+from app.probe import probe
 from app.rank import rank
 from app.saved import compare, show
+from app.steer import run as steer_run
+from app.steer import sweep as steer_sweep
+from app.steer_files import bake as steer_bake
+from app.steer_files import fit as steer_fit
+from app.steer_files import show as steer_show
 from app.verdicts import verdict
 
 app = typer.Typer(
@@ -35,6 +41,18 @@ app.command("verdict")(verdict)
 app.command("ablate")(ablate)
 app.command("patch")(patch)
 app.command("attribute")(attribute)
+app.command("probe")(probe)
+steer = typer.Typer(
+    help="Change what heads do while the model answers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+for _name, _command in (
+    ("run", steer_run), ("fit", steer_fit), ("sweep", steer_sweep), ("bake", steer_bake),
+    ("show", steer_show),
+):  # fmt: skip
+    steer.command(_name)(_command)
+app.add_typer(steer, name="steer")
 app.command("show")(show)
 app.command("compare")(compare)
 app.command("list")(listing)

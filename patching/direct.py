@@ -143,6 +143,7 @@ def direct_effects(
     return table(
         "direct", model, data, units, out, clean, corrupted,
         params={"mlps": mlps, "direction": direction, "reference": reference},
+        strong="lower" if direction == "noise" else "higher",
     )  # fmt: skip
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from patching.pairs import Pairs
 
 
+_TAKING = ("ablate", "patch.noise", "knockout")
+
+
 def table(
     method: str,
     model: "Model",
@@ -31,8 +34,13 @@ def table(
     params: Mapping[str, Any],
     granularity: str = "query",
     extras: Mapping[str, np.ndarray] | None = None,
+    strong: str | None = None,
 ) -> HeadScores:
-    """Effects as head scores, with what share of the difference between the runs each makes."""
+    """Effects as head scores, with what share of the difference between the runs each makes.
+
+    `strong` is the end at which a head matters: `lower` where it was taken away, else `higher`; by
+    default told from the name of the method.
+    """
     gap = float(clean.mean() - corrupted.mean())
     more = dict(extras or {})
     if gap:
@@ -44,7 +52,7 @@ def table(
         null_per_example=None,
         examples=data.ids,
         unit=f"change of {data.metric.name} ({data.metric.unit})",
-        direction="lower" if method.startswith(("ablate", "patch.noise")) else "higher",
+        direction=strong or ("lower" if method.startswith(_TAKING) else "higher"),
         params=dict(params) | {"metric": data.metric.name},
         provenance={
             "model": model.name,

@@ -11,7 +11,7 @@ span but not the queries themselves, which keep themselves; `others` is every to
 Source: Geva et al. 2304.14767, section 5, for the windows; per head, Wang et al. 2211.00593.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -218,8 +218,13 @@ def head_knockout(
         hidden = group_mask(base.batch, keys, queries)
         start = int(rows.any(0).nonzero()[0])
         for layer, members in by_layer(model, units):
-            new = knocked_out(base, layer, rows, hidden)
-            for at, logits in sweep(base, layer, new, [(m.head,) for m in members], start):
+            if layer.reached == "interface":
+                new = knocked_out(base, layer, rows, hidden)
+                groups: list[tuple[int, ...]] = [(m.head,) for m in members]
+                runs = sweep(base, layer, new, groups, start)
+            else:
+                runs = _by_recipe(base, members, queries, keys)
+            for at, logits in runs:
                 effect = (batch.score(logits) - floor).cpu().numpy()
                 for i, unit in enumerate(members[at : at + len(effect)]):
                     out[places, column[unit]] = effect[i]
@@ -230,6 +235,19 @@ def head_knockout(
         "knockout", model, data, units, out, clean, corrupted,
         params={"queries": queries, "keys": keys},
     )  # fmt: skip
+
+
+def _by_recipe(
+    base: Replay, members: Sequence[HeadId], queries: str, keys: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Whole runs, where q and k are not reached but the pattern is."""
+    where_q, where_k = query_positions(queries), group_positions(keys, queries)
+    for at, head in enumerate(members):
+        edit = Edit("knockout", Where(heads=(head,), queries=where_q, keys=where_k))
+        with Recipe((edit,)).on(base.model, spans=base.batch):
+            out = base.model.forward(base.batch.inputs())
+        logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+        yield at, logits[None, :, -1].float()
 
 
 def knocked_out(

@@ -170,6 +170,7 @@ def path_effects(
         "path", model, data, units, out, clean, corrupted,
         params={"receivers": ",".join(map(str, wanted)) or LOGITS, "mlps": mlps,
                 "direction": direction, "reference": reference},
+        strong="lower" if direction == "noise" else "higher",
     )  # fmt: skip
 
 

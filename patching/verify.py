@@ -7,7 +7,6 @@ what it misses (Kramár et al. 2403.00745 section 4 diagnose AtP in the same way
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,13 +133,7 @@ def _off(truth: float, guess: float) -> bool:
     return truth * guess < 0 or large > FACTOR * small
 
 
-def verified(
-    scores: HeadScores,
-    pairs: Pairs,
-    n: int,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> HeadScores:
+def verified(scores: HeadScores, pairs: Pairs, n: int) -> HeadScores:
     """The table with a column `exact`, NaN for heads that were not measured.
 
     What was found stands in `provenance["verified"]`, and the heads that were missed in
@@ -150,7 +143,6 @@ def verified(
         scores: estimated effects.
         pairs: the pairs they were estimated on.
         n: how many top heads and how many others to measure; 0 for none.
-        progress: called when done, with heads measured.
 
     Raises:
         InputError: n is negative.
@@ -163,8 +155,6 @@ def verified(
     place = {head: i for i, head in enumerate(scores.heads)}
     exact = np.full(scores.per_example.shape, np.nan)
     exact[:, [place[head] for head in seen.exact.heads]] = seen.exact.per_example
-    if progress is not None:
-        progress(len(seen.heads), len(seen.heads))
     return replace(
         scores,
         extras={**scores.extras, "exact": exact},

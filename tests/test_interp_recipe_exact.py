@@ -695,6 +695,25 @@ def test_equivalent_edits_agree(name: str) -> None:
     torch.testing.assert_close(answers[0], answers[1], **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_is_knocked_out_stays_so(family: str) -> None:
+    model = handle(family)
+    batch = model.batch(prompts(), side="left")
+    rows = Positions(prompt=(-1,))
+    hide = Edit("knockout", at("0.1", "1.2", keys=span("img"), queries=rows))
+    rest = Positions(prompt="all", exclude=span("img"))
+    for after in (
+        Edit("uniform", at("1.2", "0.1", queries=rows)),
+        Edit("override", at("1.2", "0.1", queries=rows)),
+    ):
+        with Recipe([hide, after]).on(model, spans=batch):
+            got = logits(model, batch)
+        with Recipe(Edit("override", at("0.1", "1.2", keys=rest, queries=rows))).on(
+            model, spans=batch
+        ):
+            torch.testing.assert_close(got, logits(model, batch), **CLOSE)
+
+
 def test_a_vector_added_to_every_key_cancels() -> None:
     model = handle("gpt2")
     batch = model.batch(prompts(), side="left")
@@ -767,6 +786,17 @@ def test_contrast_follows_beams_and_loops_of_ones_own() -> None:
             out = model.hf(input_ids=token, past_key_values=out.past_key_values)
             steps.append(out.logits[0, -1])
     torch.testing.assert_close(torch.stack(steps), want, rtol=0, atol=1e-5)
+
+
+def test_contrast_inside_another_recipe_knows_its_spans() -> None:
+    model = handle("llama")
+    batch = model.batch(prompts(), side="left")
+    recipe, _ = contrast()
+    idle = Recipe(Edit("scale", at("0.0"), 1.0))
+    with recipe.on(model, spans=batch):
+        want = logits(model, batch)
+    with idle.on(model), recipe.on(model, spans=batch):
+        torch.testing.assert_close(logits(model, batch), want, rtol=0, atol=0)
 
 
 def test_contrast_goes_on_when_another_recipe_comes_and_goes() -> None:
@@ -1079,6 +1109,8 @@ def test_a_pattern_that_the_model_computes_is_edited_by_hand(op: str) -> None:
         else:
             want[b, h, i, : i + 1] = change(row, chosen, s)
     torch.testing.assert_close(got, want, **CLOSE)
+    for i in (0, 1, 2, 3, 5):  # other rows keep every bit
+        assert torch.equal(got[:, :, i], want[:, :, i])
 
 
 def test_a_decoder_has_spans_of_its_own() -> None:

@@ -192,6 +192,8 @@ def test_planted_direct_effects(name: str) -> None:
     np.testing.assert_allclose(zeroed.values, -np.array(truth), atol=1e-3)
     noised = direct_effects(model, data)
     np.testing.assert_allclose(noised.values, -2 * np.array(truth), atol=1e-3)
+    assert noised.direction == path_effects(model, data).direction == "lower"
+    assert str(noised.top(1)[0]) == "L2H0"
     live = direct_effects(model, data, mlps="live")
     np.testing.assert_allclose(live.per_example, noised.per_example, atol=1e-3)
 

@@ -155,7 +155,9 @@ def test_importance_normalised_and_saturated(toy: Model) -> None:
     assert value["L0H0"] < 1e-3 and value["L1H0"] < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-eager", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "llama", "llama-eager", "mistral", "gemma2", "gptj", "bloom"]
+)
 @pytest.mark.parametrize(
     ("queries", "keys"), [("last", "early"), ("late", "others"), ("last", "~early")]
 )

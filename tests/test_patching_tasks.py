@@ -195,8 +195,12 @@ def test_words_that_are_several_tokens_are_left_out() -> None:
     for name, token in found.items():
         ids = model.tokenizer(f"When {name} and", add_special_tokens=False).input_ids
         assert ids.count(token) == 1 and word(model, token) == name
-    with pytest.raises(InputError, match="must be single tokens"):
-        Ioi(style="text").pairs(speaking("bytes", size=262), 1)
+    letters = speaking("bytes", size=262)
+    for task in (Ioi(style="text"), ColouredObjects(style="text")):
+        with pytest.raises(InputError, match="must be single tokens"):
+            task.pairs(letters, 1)
+    (pair,) = Ioi().pairs(letters, 1)
+    assert "template" not in pair.clean.meta  # random tokens instead of words
 
 
 def test_a_tokenizer_that_adds_a_token_at_the_start() -> None:

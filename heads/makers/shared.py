@@ -157,7 +157,9 @@ def after(n: int) -> Positions:
     )  # fmt: skip
 
 
-def grouped(found: Found[K]) -> Iterator[tuple[K, tuple[HeadId, ...], Bool[Tensor, "head example"]]]:
+def grouped(
+    found: Found[K],
+) -> Iterator[tuple[K, tuple[HeadId, ...], Bool[Tensor, "head example"]]]:
     """Each different finding, the heads that have it, and on which examples."""
     by: dict[K, dict[HeadId, list[bool]]] = {}
     for head, keys in found.items():

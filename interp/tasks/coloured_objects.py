@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from interp.errors import InputError
 from interp.prompts import Prompt, PromptPair, Range
 from interp.tasks import TASKS
-from interp.tasks.ids import speaks
-from interp.tasks.pairs import PairTask, check_style, enough, filled, from_ids, with_ends
+from interp.tasks.pairs import PairTask, check_style, filled, from_ids, vocabulary, with_ends
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -48,7 +47,7 @@ class ColouredObjects(PairTask):
 
     Attributes:
         corruption: `object` (another thing is asked for) or `colour` (two colours are swapped).
-        style: `text`, `ids` (random tokens, for models without words), or `auto`.
+        style: `text`, `ids` (random tokens, for models without such words), or `auto`.
     """
 
     corruption: str = "object"
@@ -66,11 +65,11 @@ class ColouredObjects(PairTask):
         """See `PairTask.pairs`.
 
         Raises:
-            InputError: fewer than six colours or six things are single tokens.
+            InputError: style is `text`, and fewer than six colours or things are single tokens.
         """
-        text = self.style == "text" or (self.style == "auto" and speaks(model, _sample()))
-        colours = enough(model, "colours", COLOURS, 6) if text else {}
-        objects = enough(model, "things", OBJECTS, 6) if text else {}
+        kinds = {"colours": (COLOURS, 6), "things": (OBJECTS, 6)}
+        words = vocabulary(model, self.style, _sample(), kinds) or {}
+        colours, objects = words.get("colours", {}), words.get("things", {})
         return [
             self._pair(model, random.Random(f"{seed}/{i}"), i, colours, objects) for i in range(n)
         ]

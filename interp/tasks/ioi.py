@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from interp.errors import InputError
 from interp.prompts import Prompt, PromptPair
 from interp.tasks import TASKS
-from interp.tasks.ids import speaks
-from interp.tasks.pairs import PairTask, check_style, enough, filled, from_ids, with_ends
+from interp.tasks.pairs import PairTask, check_style, filled, from_ids, vocabulary, with_ends
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -53,7 +52,7 @@ class Ioi(PairTask):
 
     Attributes:
         corruption: `abc` (three other names) or `flip` (the other name is repeated).
-        style: `text`, `ids` (random tokens, for models without words), or `auto`.
+        style: `text`, `ids` (random tokens, for models without such words), or `auto`.
     """
 
     corruption: str = "abc"
@@ -71,7 +70,7 @@ class Ioi(PairTask):
         """See `PairTask.pairs`.
 
         Raises:
-            InputError: fewer than five names are single tokens.
+            InputError: style is `text`, and fewer than five names are single tokens.
         """
         if self.style == "auto" and _is_toy(model):
             from interp.zoo.planted_ioi import ioi_pairs
@@ -80,8 +79,8 @@ class Ioi(PairTask):
         sample = TEMPLATES[0].format(
             first=NAMES[0], second=NAMES[1], third=NAMES[0], place=PLACES[0], thing=THINGS[0]
         )
-        text = self.style == "text" or (self.style == "auto" and speaks(model, sample))
-        ids = enough(model, "names", NAMES, 5) if text else {}
+        words = vocabulary(model, self.style, sample, {"names": (NAMES, 5)})
+        ids = {} if words is None else words["names"]
         return [self._pair(model, random.Random(f"{seed}/{i}"), i, ids) for i in range(n)]
 
     def _pair(self, model: "Model", rng: random.Random, i: int, ids: dict[str, int]) -> PromptPair:

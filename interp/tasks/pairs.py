@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from interp.errors import InputError
 from interp.prompts import Prompt, PromptPair, Range
 from interp.tasks import Task
-from interp.tasks.ids import opening, ordinary_ids, sample_ids
+from interp.tasks.ids import opening, ordinary_ids, sample_ids, speaks
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -84,6 +84,30 @@ def enough(model: "Model", kind: str, words: Sequence[str], least: int) -> dict[
             hint="use style=ids, which needs no words",
         )
     return found
+
+
+def vocabulary(
+    model: "Model", style: str, sample: str, kinds: Mapping[str, tuple[Sequence[str], int]]
+) -> dict[str, dict[str, int]] | None:
+    """The words a task may use on a model, by kind; None for random tokens.
+
+    Args:
+        model: the model.
+        style: `text`, `ids`, or `auto`: text where the tokenizer knows the sample and enough words.
+        sample: a text of the task.
+        kinds: kind of word to the words that are tried, and how many are needed.
+
+    Raises:
+        InputError: style is `text` and there are too few words.
+    """
+    if style == "ids" or (style == "auto" and not speaks(model, sample)):
+        return None
+    try:
+        return {kind: enough(model, kind, *tried) for kind, tried in kinds.items()}
+    except InputError:
+        if style == "text":
+            raise
+        return None
 
 
 def _ids(model: "Model", text: str) -> list[int] | None:

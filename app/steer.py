@@ -1,0 +1,295 @@
+"""`headscope steer`: change what heads do while the model answers."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app import actoptions as a
+from app import options as o
+from app import steering as s
+from app.exits import UsageError, say
+from app.keep import Answer, Keeping, kept, key_of
+from app.loading import Source
+from app.steps import steps
+from app.subject import Subject, subject
+from app.tables import Format, Part, Table, write
+
+if TYPE_CHECKING:
+    from interp.model import Model
+    from interp.prompts import Prompt
+
+Texts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="A prompt as text; may be given often.")
+]
+Neutral = Annotated[
+    Path | None,
+    typer.Option("--neutral", help="Prompt file of neutral text; task text if absent."),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of neutral text.")]
+
+
+def run(
+    context: typer.Context,
+    recipe: s.RecipeFile = None,
+    op: s.Op = None,
+    heads: a.Heads = None,
+    strength: s.Strength = None,
+    site: s.Site = "",
+    at: s.At = "all",
+    keys: s.Keys = "all",
+    model: o.Model = o.DEFAULT_MODEL,
+    prompt: Texts = None,
+    prompts: a.Prompts = None,
+    task: a.Task = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to produce.")] = 20,
+    neutral: Neutral = None,
+    windows: Windows = 8,
+    controls: a.Controls = 3,
+    out: a.Out = None,
+    save: a.Save = True,
+    format: o.Formatted = Format.auto,
+    n: a.N = 4,
+    batch_size: a.BatchSize = 4,
+    seed: a.Seed = 0,
+    param: a.Param = None,
+    force: a.Force = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Continue prompts with and without a recipe, side by side, and report side effects.
+
+    Side effects: cross-entropy and KL on neutral text, and on the answers where prompts have any,
+    beside the same recipe on random heads of the same layers.
+    """
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    asked = _asked(prompt, prompts, task, param, n, batch_size, seed)
+    plan = s.wanted(
+        recipe, op=op, heads=heads, strength=strength, site=site, at=at, keys=keys
+    )  # fmt: skip
+    lines = neutral_lines(neutral)
+    source.check()
+    loaded = source.load(quiet=quiet)
+    made = s.for_any(plan.recipe(loaded), force=force)
+    data = _texts(loaded, prompt) if prompt else asked.prompts(loaded)[0]
+    key = key_of(
+        loaded, "steer.run", **asked.key(data), **plan.about(), tokens=tokens, windows=windows,
+        controls=controls, neutral=None if lines is None else str(lines),
+    )  # fmt: skip
+    live = format is Format.auto and sys.stdout.isatty() and plan.op != "contrast"
+
+    def compute() -> Answer:
+        from app.sidebyside import continued, rows_of, streamed
+        from app.sideeffects import report
+
+        if live:
+            plain, steered = streamed(loaded, data, made, tokens=tokens)
+        else:
+            with steps("prompts", quiet=quiet) as told:
+                plain, steered = (
+                    continued(loaded, data, some, tokens=tokens, batch_size=batch_size,
+                              progress=told)
+                    for some in (None, made)
+                )  # fmt: skip
+        with steps("runs", quiet=quiet) as told:
+            effects, notes = report(
+                loaded, made, data, neutral_text(loaded, lines, windows, seed),
+                controls=controls, seed=seed, batch_size=batch_size, progress=told,
+            )  # fmt: skip
+        facts = {
+            "rows": rows_of(loaded, data, plain, steered),
+            "side_effects": effects,
+            "notes": notes,
+            "recipe": str(made).splitlines(),
+        }
+        return Answer({}, facts)
+
+    keeping = Keeping(
+        save, out, ["steer", plan.name], source.name,
+        shlex.join(["headscope", *(context.obj or ())]), quiet,
+    )  # fmt: skip
+    answer = kept(keeping, key, compute, task=asked.name, seed=seed)
+    if answer.folder is not None and not answer.old:
+        made.save(answer.folder / "recipe.safetensors")
+    _write(answer, source.name, format, quiet, drawn=live and not answer.old)
+
+
+def _asked(
+    prompt: Sequence[str] | None, prompts: Path | None, task: str | None,
+    param: Sequence[str] | None, n: int, batch_size: int, seed: int,
+) -> Subject:  # fmt: skip
+    given = [x for x in (prompt, prompts, task) if x]
+    if len(given) != 1:
+        raise UsageError(
+            f"one of --prompt, --prompts and --task must be given; got {len(given)}",
+            hint="such as --task needle, which needs no text",
+        )
+    return subject(task, prompts, param=param, n=n, batch_size=batch_size, seed=seed)
+
+
+def _texts(model: "Model", texts: Sequence[str]) -> "list[Prompt]":
+    from interp.promptfile import Line, to_prompts
+
+    return to_prompts(
+        [Line(f"--prompt {i}", text, None, id=f"prompt-{i}") for i, text in enumerate(texts, 1)],
+        model,
+    )
+
+
+def neutral_lines(place: Path | None) -> Any:
+    """The lines of a file of neutral text, or None."""
+    if place is None:
+        return None
+    from interp.promptfile import read_file
+
+    return read_file(place)
+
+
+def neutral_text(model: "Model", lines: Any, windows: int, seed: int) -> "list[Prompt]":
+    """Neutral text for a model: own lines, or windows of the task `text`."""
+    from app.sideeffects import halved, neutral
+    from interp.promptfile import to_prompts
+
+    if lines is not None:
+        return halved(to_prompts(lines, model))
+    return neutral(model, n=windows, seed=seed)
+
+
+def _write(answer: Answer, model: str, format: Format, quiet: bool, *, drawn: bool) -> None:
+    from app.sidebyside import COLUMNS
+    from app.sideeffects import COLUMNS as EFFECTS
+
+    facts = answer.facts
+    folder = None if answer.folder is None else str(answer.folder)
+    title = f"steered: {'; '.join(facts['recipe'])}; {model}"
+    rows = list(facts["rows"])
+    changed = frozenset(i for i, row in enumerate(rows) if not row["same"])
+    hidden = frozenset({"answer"} if all(r["answer"] is None for r in rows) else ())
+    table = Table("headscope.steer", COLUMNS, [Part(title, rows, changed)],
+                  {"run": folder, "model": model, **facts}, hidden, limit=None)  # fmt: skip
+    shown = drawn or write(table, format)
+    side = Part("side effects", list(facts["side_effects"]), note="; ".join(facts["notes"]))
+    if shown:
+        write(Table("headscope.steer.effects", EFFECTS, [side], limit=None), Format.table)
+    elif not quiet:
+        say_effects(title, facts)
+
+
+def say_effects(title: str, facts: Any) -> None:
+    """The side effects as lines on stderr, for those who read data in a pipe."""
+    say(title)
+    for row in facts["side_effects"]:
+        control = row["control_change"]
+        against = "" if control is None else f"; random heads {control:+.3g}"
+        say(f"{row['measure']}: {row['without']:.4g} -> {row['with']:.4g} "
+            f"({row['change']:+.3g}{against}, n = {row['n']})")  # fmt: skip
+    for note in facts["notes"]:
+        say(note)
+
+
+def sweep(
+    context: typer.Context,
+    recipe: s.RecipeFile = None,
+    op: s.Op = None,
+    heads: a.Heads = None,
+    strengths: Annotated[
+        str, typer.Option(help="Numbers with commas: strengths of --op, factors on a RECIPE.")
+    ] = "0,0.5,1,2,4",
+    site: s.Site = "",
+    at: s.At = "all",
+    keys: s.Keys = "all",
+    model: o.Model = o.DEFAULT_MODEL,
+    prompts: a.Prompts = None,
+    task: a.Task = None,
+    neutral: Neutral = None,
+    windows: Windows = 8,
+    controls: a.Controls = 3,
+    out: a.Out = None,
+    save: a.Save = True,
+    format: o.Formatted = Format.auto,
+    n: a.N = 20,
+    batch_size: a.BatchSize = 8,
+    seed: a.Seed = 0,
+    param: a.Param = None,
+    force: a.Force = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure a recipe at several strengths: effect on answers, side effects, random controls."""
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    asked = _asked(None, prompts, task, param, n, batch_size, seed)
+    values = _numbers(strengths)
+    plan = s.wanted(recipe, op=op, heads=heads, strength=None, site=site, at=at, keys=keys)
+    lines = neutral_lines(neutral)
+    source.check()
+    loaded = source.load(quiet=quiet)
+    made = [s.for_any(plan.recipe(loaded, x), force=force) for x in values]
+    data = asked.prompts(loaded)[0]
+    key = key_of(
+        loaded, "steer.sweep", **asked.key(data), **plan.about(), strengths=values,
+        windows=windows, controls=controls, neutral=None if lines is None else str(lines),
+    )  # fmt: skip
+
+    def compute() -> Answer:
+        from app.sideeffects import report
+
+        rows: list[dict[str, Any]] = []
+        notes: dict[str, None] = {}
+        text = neutral_text(loaded, lines, windows, seed)
+        with steps("strengths", quiet=quiet) as told:
+            for i, (x, one) in enumerate(zip(values, made, strict=True)):
+                effects, said = report(
+                    loaded, one, data, text, controls=controls, seed=seed, batch_size=batch_size
+                )
+                rows += [{"strength": x, **row} for row in effects]
+                notes |= dict.fromkeys(said)
+                told(i + 1, len(values))
+        return Answer({}, {"rows": rows, "notes": list(notes), "recipe": str(made[-1])})
+
+    keeping = Keeping(
+        save, out, ["steer-sweep", plan.name], source.name,
+        shlex.join(["headscope", *(context.obj or ())]), quiet,
+    )  # fmt: skip
+    answer = kept(keeping, key, compute, task=asked.name, seed=seed)
+    _write_sweep(answer, f"{plan.name} at several strengths: {source.name}", format, quiet)
+
+
+def _write_sweep(answer: Answer, title: str, format: Format, quiet: bool) -> None:
+    from app.sideeffects import COLUMNS
+
+    folder = None if answer.folder is None else str(answer.folder)
+    names = list(dict.fromkeys(row["measure"] for row in answer.facts["rows"]))
+    parts = [
+        Part(f"{title}: {name}", [r for r in answer.facts["rows"] if r["measure"] == name])
+        for name in names
+    ]
+    made = Table(
+        "headscope.steer.sweep", ("strength", *COLUMNS), parts, {"run": folder, **answer.facts},
+        frozenset({"measure"}), limit=None,
+    )  # fmt: skip
+    write(made, format)
+    if not quiet:
+        for note in answer.facts["notes"]:
+            say(note)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--strengths must be numbers with commas; got {text!r}") from None

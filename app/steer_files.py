@@ -1,0 +1,230 @@
+"""`headscope steer fit`, `bake` and `show`: recipe files made, folded into weights, explained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app import actoptions as a
+from app import options as o
+from app.exits import UsageError, say
+from app.headset import parse
+from app.labelled import read_labelled
+from app.loading import Source, waiting
+from app.probe import Draws, Folds, Kind, Span
+from app.steering import for_any, load_recipe
+from app.tables import Format, Part, Table, write
+from interp.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from interp.recipe import Recipe
+
+METHODS = ("iti", "mean-difference")
+File = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+
+
+def fit(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help=f"{' or '.join(METHODS)}.")],
+    prompts: a.Labelled,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe file to write.")],
+    model: o.Model = o.DEFAULT_MODEL,
+    heads: a.Heads = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Number of heads.")] = 10,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength", "-s", help="In standard deviations for iti (15), else gaps (1)."
+        ),
+    ] = None,
+    towards: Annotated[
+        str | None, typer.Option(help="Label to move to; the last if absent.")
+    ] = None,
+    kind: Kind = "ridge",
+    span: Span = None,
+    folds: Folds = 5,
+    draws: Draws = 99,
+    format: o.Formatted = Format.auto,
+    batch_size: a.BatchSize = 8,
+    seed: a.Seed = 0,
+    tower: a.Tower = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fit a recipe that moves heads towards a label, from labelled prompts."""
+    from app.catalog import check
+
+    if method not in METHODS:
+        raise UnknownNameError("way to fit a recipe", method, METHODS)
+    check("probe", kind)
+    if heads and method == "iti":
+        raise UsageError("iti chooses its heads by probing; --heads goes with mean-difference")
+    chosen = parse(heads) if heads else None
+    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    source.check()
+    data = read_labelled(prompts)
+    target = data.towards(towards)
+    loaded = source.load(quiet=quiet)
+    from interp.promptfile import to_prompts
+    from probes import fit_iti, fit_mean_difference
+
+    made = to_prompts(data.lines, loaded)
+    common: dict[str, Any] = {
+        "k": k, "towards": target, "groups": data.groups, "probe": kind, "folds": folds,
+        "draws": draws, "span": span, "batch_size": batch_size, "tower": tower, "seed": seed,
+    }  # fmt: skip
+    with waiting(f"fitting {method}", quiet=quiet):
+        if method == "iti":
+            alpha = 15.0 if strength is None else strength
+            recipe = fit_iti(loaded, made, data.labels, alpha=alpha, **common)
+        else:
+            recipe = fit_mean_difference(
+                loaded, made, data.labels, strength=1.0 if strength is None else strength,
+                heads=None if chosen is None else chosen.of(loaded, tower=tower), **common,
+            )  # fmt: skip
+    path = recipe.save(out)
+    _write_heads(recipe, f"{method}: {source.name}", str(path), format)
+    if not quiet:
+        say(f"saved: {path}; towards {recipe.notes['towards']}, away from {recipe.notes['away']}")
+
+
+def _write_heads(recipe: "Recipe", title: str, path: str, format: Format) -> None:
+    scores = recipe.notes.get("scores", {})
+    claimed = set(recipe.notes.get("claimed", ()))
+    rows = []
+    for edit in recipe.edits:
+        for i, head in enumerate(edit.where.heads or ()):
+            amount = edit.strength
+            one = (
+                amount
+                if isinstance(amount, float | None)
+                else amount[i]
+                if amount.dim()
+                else amount
+            )
+            rows.append({
+                "head": str(head), "strength": None if one is None else float(one),
+                "score": scores.get(str(head)),
+                "claimed": (str(head) in claimed) if scores else None,
+            })  # fmt: skip
+    note = ""
+    if "max_null" in recipe.notes:
+        note = f"the best head reaches {float(recipe.notes['max_null']):.3g} by luck"
+    part = Part(title, rows, note=note)
+    facts = {"recipe": path, "hash": recipe.hash, "notes": dict(recipe.notes)}
+    write(Table("headscope.steer.fit", ("head", "strength", "score", "claimed"), [part], facts,
+                limit=None), format)  # fmt: skip
+
+
+def bake(
+    recipe: File,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new model.")],
+    model: o.Model = o.DEFAULT_MODEL,
+    force: a.Force = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fold a recipe into the weights of a copy of the model, where that is exact.
+
+    The folder can be loaded by transformers; edits that no weights can hold are refused by name.
+    """
+    made = for_any(load_recipe(recipe), force=force)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out must be a new or empty folder; {out} is not")
+    source = Source(model, device, dtype, None, revision, offline, trust_remote_code)
+    source.check()
+    loaded = source.load(quiet=quiet)
+    if made.fingerprint not in (None, loaded.fingerprint):
+        with made.on(loaded):  # says whose it is
+            pass
+    with waiting("baking", quiet=quiet):
+        try:
+            baked = made.bake(loaded)
+        except InputError as error:
+            why = "its class has no such bias" if "no bias" in str(error) else error.hint
+            raise InputError(str(error), hint=why) from error
+        worst = _difference(loaded, baked, made)
+        saved: Any = baked.hf
+        saved.save_pretrained(out)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(out)
+    rows = [{"model": source.name, "recipe": str(recipe), "folder": str(out), "difference": worst}]
+    columns = ("model", "recipe", "folder", "difference")
+    write(Table("headscope.steer.bake", columns, [Part("baked", rows)], limit=None), Format.auto)
+    if not quiet:
+        say(f"saved: {out}; its logits differ from those of the steered model by {worst:.2g}")
+
+
+def _difference(model: Any, baked: Any, recipe: "Recipe") -> float:
+    """Largest difference of the logits on neutral text, baked and steered."""
+    from interp.tasks import make_task
+
+    batch = model.batch(make_task("text").prompts(model, 2, seed=0))
+    with recipe.on(model, spans=batch):
+        steered = model.forward(batch.inputs()).logits
+    return float((baked.forward(batch.inputs()).logits - steered).abs().max())
+
+
+def show(
+    recipe: File,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also say by which path, on this model.")
+    ] = None,
+    format: o.Formatted = Format.auto,
+    force: a.Force = False,
+    device: o.Device = "auto",
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Say what a recipe does."""
+    made = load_recipe(recipe)
+    paths: list[str] = []
+    if model is not None:
+        source = Source(model, device, "auto", None, revision, offline, trust_remote_code)
+        loaded = source.load(quiet=quiet)
+        with for_any(made, force=force).on(loaded):
+            paths = _paths(made.explain(loaded).splitlines())
+    rows = [
+        {
+            "edit": i, "op": e.op, "site": e.site,
+            "heads": " ".join(map(str, e.where.heads or e.where.layers or ("all",))),
+            "what": str(e), "formula": e.operation.formula,
+            "path": paths[i] if paths else None,
+        }
+        for i, e in enumerate(made.edits)
+    ]  # fmt: skip
+    columns = ("edit", "op", "site", "heads", "what", "formula", "path")
+    notes = "; ".join(
+        f"{k}: {v}" for k, v in made.notes.items() if isinstance(v, str | int | float)
+    )
+    facts = {"recipe": str(recipe), "hash": made.hash, "fingerprint": made.fingerprint,
+             "notes": dict(made.notes)}  # fmt: skip
+    hidden = frozenset({"heads"} | (set() if paths else {"path"}))
+    part = Part(f"{recipe.name}: made for {made.fingerprint or 'any model'}", rows, note=notes)
+    drawn = write(Table("headscope.recipe", columns, [part], facts, hidden, limit=None), format)
+    if notes and not (drawn or quiet):
+        say(notes)
+
+
+def _paths(lines: list[str]) -> list[str]:
+    """The explanation of each edit: the lines that begin with its number, and those below."""
+    out: list[str] = []
+    for line in lines:
+        if line.startswith(" "):
+            out[-1] = "; ".join(filter(None, (out[-1], line.strip())))
+        else:
+            out.append("")
+    return out
