@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from app.steer_files import bake as steer_bake
 from app.steer_files import fit as steer_fit
 from app.steer_files import show as steer_show
 from app.verdicts import verdict
+from interp.errors import SmallerBatchWarning
 
 app = typer.Typer(
     name="headscope",
@@ -79,6 +80,10 @@ def _options(
     """Find what each attention head of a transformer does."""
 
 
+def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
+    say(str(message), label="note")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; see `app.exits`.
 
@@ -92,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not debug and not sys.warnoptions:
                 # Those of libraries: they are not for the people who run a command.
                 warnings.simplefilter("ignore")
+                warnings.filterwarnings("always", category=SmallerBatchWarning)
+                warnings.showwarning = _warn
                 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             result = app(args=args, prog_name="headscope", standalone_mode=False, obj=args)
         return result if isinstance(result, int) else 0

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from heads.detector import (
     require,
 )
 from interp.engine import Answer, read
-from interp.errors import DeviceError, InputError
+from interp.errors import InputError
+from interp.memory import fitting, halving
 from interp.model import Model
 from interp.prompts import Prompt
 from interp.run import Run
@@ -111,7 +112,7 @@ def score(
     Raises:
         DoctorError: what would be read from this model is not true.
         InputError: prompts that do not fit the model or lack a span.
-        DeviceError: a batch does not fit into memory.
+        TooLargeError: a single prompt does not fit into memory.
     """
     if not isinstance(model, Model):
         from interp.loading import load
@@ -278,18 +279,26 @@ Failures = dict[str, dict[str, str]]
 
 
 def _measure(model: Model, tower: "Tower", job: Job, seed: int) -> tuple[Arrays, Failures]:
-    try:
-        outcomes = dict(_outcomes(model, tower, job, seed))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-            raise
-        raise DeviceError(
-            f"a batch of {len(job.prompts)} prompts with {job.tokens} tokens does not fit into "
-            f"the memory of {model.device}",
-            hint="lower --batch-size, or choose shorter prompts",
-        ) from error
+    def work(prompts: Sequence[Prompt]) -> tuple[Arrays, Failures]:
+        return _flattened(model, tower, replace(job, prompts=tuple(prompts)), seed)
+
+    done = [made for _, made in halving(job.prompts, work, what="prompts")]
+    arrays = {name: np.concatenate([a[name] for a, _ in done]) for name in done[0][0]}
+    failures = {
+        name: {i: why for _, f in done for i, why in f[name].items()} for name in done[0][1]
+    }
+    return arrays, failures
+
+
+def _flattened(model: Model, tower: "Tower", job: Job, seed: int) -> tuple[Arrays, Failures]:
     arrays: Arrays = {}
     failures: Failures = {}
+    longest = max(map(len, job.prompts))
+    with fitting(
+        f"{len(job.prompts)} prompts of up to {longest} tokens",
+        "choose a smaller batch size, shorter prompts or dtype bfloat16",
+    ):
+        outcomes = dict(_outcomes(model, tower, job, seed))
     for name, outcome in outcomes.items():
         arrays[f"{name}/score"] = _flat(tower, outcome.values)
         arrays[f"{name}/null"] = _flat(tower, outcome.null)

@@ -49,6 +49,10 @@ class DeviceError(ModelError):
     """The device is missing or too small."""
 
 
+class TooLargeError(DeviceError):
+    """The work does not fit into the memory of the device."""
+
+
 class InputError(InterpError, ValueError):
     """A prompt, file or argument is not what it must be."""
 
@@ -82,3 +86,7 @@ class UnknownNameError(InterpError, LookupError):
 
 class RunError(InterpError):
     """A run folder is missing, corrupt, of a newer schema, or cannot be written."""
+
+
+class SmallerBatchWarning(UserWarning):
+    """A batch did not fit into memory and was halved; results are the same, the run is slower."""

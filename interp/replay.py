@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.errors import DeviceError, InputError
+from interp.errors import InputError
+from interp.memory import fitting
 from interp.prompts import Batch
 from interp.seam.blocks import block_names, on_input, on_output
 from interp.seam.calls import AttnCall
@@ -172,7 +173,7 @@ class Replay:
             freeze_mlps: keep what the blocks add beside attention as in the kept run.
 
         Raises:
-            DeviceError: the runs do not fit into memory.
+            TooLargeError: the runs do not fit into memory.
             InputError: part of the run is given for the last positions only, which this model
                 cannot run on their own, or nothing is changed.
         """
@@ -194,32 +195,27 @@ class Replay:
         if ids is not None:
             given["input_ids"] = _expand(ids[:, start:], copies).flatten(0, 1)
         beside = self._beside if freeze_mlps else {}  # made before anything is patched
-        try:
-            with ExitStack() as stack:
-                for i in range(first):
-                    stack.enter_context(self._answering(i, copies, start))
-                for layer in self.tower.layers:
-                    if self._block_of(layer.name) < first:
-                        continue
-                    runs = record is not None and layer.name in record.layers
-                    if layer.name in changes:
-                        stack.enter_context(self._patched(layer, changes[layer.name], runs=runs))
-                    elif overlays and layer.name in overlays:
-                        stack.enter_context(self._overlaid(layer, overlays[layer.name]))
-                    elif freeze:
-                        z = _expand(self.kept[layer.name].z[:, start:], copies)
-                        stack.enter_context(self._patched(layer, z, runs=runs))
-                stack.enter_context(self._mlps_frozen(beside, first, copies, start))
-                if record is not None:
-                    stack.enter_context(record.listening(self))
-                if inputs:
-                    stack.enter_context(self._inputs_edited(inputs))
-                logits = self._forward(given)
-        except torch.OutOfMemoryError as error:  # pragma: no cover - needs an accelerator
-            raise DeviceError(
-                f"{copies} patched runs of {len(self.batch)} prompts do not fit into memory",
-                hint="use a smaller batch",
-            ) from error
+        what = f"{copies} patched runs of {len(self.batch)} prompts"
+        with fitting(what, "use a smaller batch"), ExitStack() as stack:
+            for i in range(first):
+                stack.enter_context(self._answering(i, copies, start))
+            for layer in self.tower.layers:
+                if self._block_of(layer.name) < first:
+                    continue
+                runs = record is not None and layer.name in record.layers
+                if layer.name in changes:
+                    stack.enter_context(self._patched(layer, changes[layer.name], runs=runs))
+                elif overlays and layer.name in overlays:
+                    stack.enter_context(self._overlaid(layer, overlays[layer.name]))
+                elif freeze:
+                    z = _expand(self.kept[layer.name].z[:, start:], copies)
+                    stack.enter_context(self._patched(layer, z, runs=runs))
+            stack.enter_context(self._mlps_frozen(beside, first, copies, start))
+            if record is not None:
+                stack.enter_context(record.listening(self))
+            if inputs:
+                stack.enter_context(self._inputs_edited(inputs))
+            logits = self._forward(given)
         return logits.view(copies, len(self.batch), -1)
 
     def leaving(self, block: int) -> Float[Tensor, "batch pos d_model"]:

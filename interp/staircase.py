@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.errors import DeviceError
+from interp.memory import fitting
 from interp.replay import Replay, _expand, _first, _forward_as, _map
 from interp.seam.structure import Layer
 
@@ -55,7 +55,7 @@ def staircase(
         start: first position that differs from the kept run; 0 unless `replay.suffix_works`.
 
     Raises:
-        DeviceError: the runs do not fit into memory.
+        TooLargeError: the runs do not fit into memory.
     """
     hf, size = replay.model.hf, len(replay.batch)
     by_block = {s.layer.index: s for s in steps}
@@ -65,33 +65,28 @@ def staircase(
     for i in range(len(replay.blocks)):
         before[i] = count
         count += by_block[i].z.shape[0] if i in by_block else 0
-    try:
-        with ExitStack() as stack:
-            for i, name in enumerate(replay.blocks):
-                module = hf.get_submodule(name)
-                if i < first:
-                    value = _map(replay._outputs[i], lambda x: _cut(x, replay, start))
-                    stack.enter_context(_forward_as(module, lambda *a, _v=value, **k: _v))
-                    continue
-                step = by_block.get(i)
+    what = f"{count} patched runs of {size} prompts"
+    with fitting(what, "use a smaller batch"), ExitStack() as stack:
+        for i, name in enumerate(replay.blocks):
+            module = hf.get_submodule(name)
+            if i < first:
+                value = _map(replay._outputs[i], lambda x: _cut(x, replay, start))
+                stack.enter_context(_forward_as(module, lambda *a, _v=value, **k: _v))
+                continue
+            step = by_block.get(i)
+            stack.enter_context(
+                _forward_as(module, _block(replay, i, before[i], step, start, module))
+            )
+            if step is not None:
+                attention = hf.get_submodule(step.layer.name)
                 stack.enter_context(
-                    _forward_as(module, _block(replay, i, before[i], step, start, module))
+                    _forward_as(attention, _attention(replay, step, before[i], attention))
                 )
-                if step is not None:
-                    attention = hf.get_submodule(step.layer.name)
-                    stack.enter_context(
-                        _forward_as(attention, _attention(replay, step, before[i], attention))
-                    )
-            inputs: dict[str, Any] = dict(replay.batch.inputs())
-            if start:
-                inputs["input_ids"] = inputs["input_ids"][:, start:]
-                inputs["past_key_values"] = _cache(replay, before, start)
-            logits = replay._forward(inputs)
-    except torch.OutOfMemoryError as error:  # pragma: no cover - needs an accelerator
-        raise DeviceError(
-            f"{count} patched runs of {size} prompts do not fit into memory",
-            hint="use a smaller batch",
-        ) from error
+        inputs: dict[str, Any] = dict(replay.batch.inputs())
+        if start:
+            inputs["input_ids"] = inputs["input_ids"][:, start:]
+            inputs["past_key_values"] = _cache(replay, before, start)
+        logits = replay._forward(inputs)
     return logits.view(count, size, -1)
 
 

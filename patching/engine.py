@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.errors import DeviceError, InputError
+from interp.errors import InputError
 from interp.headid import HeadId
+from interp.memory import fitting, halving
 from interp.model import Model
 from interp.prompts import PromptPair
 from interp.registry import Registry
@@ -117,7 +118,7 @@ def head_effects(
         heads: only these heads.
         batch_size: pairs at a time.
         tower: tower of the heads.
-        progress: called with heads done and heads in all.
+        progress: called with patched runs done and in all, one a head and pair.
 
     Returns:
         Per-example effects; extras `recovered`: mean effect over the mean difference of the runs.
@@ -130,7 +131,7 @@ def head_effects(
     out = np.full((len(data.pairs), len(units)), np.nan)
     clean, corrupted = np.zeros(len(data.pairs)), np.zeros(len(data.pairs))
     column = {unit: i for i, unit in enumerate(units)}
-    done, total = 0, len(units) * len(data.groups())
+    done, total = 0, len(units) * len(data.pairs)
     for places, batch in data.batches():
         clean[places] = batch.score(batch.clean.logits).cpu()
         corrupted[places] = batch.score(batch.corrupted.logits).cpu()
@@ -145,7 +146,7 @@ def head_effects(
             effect = (batch.score(logits) - floor).cpu().numpy()
             for cell, values in zip(ran, effect, strict=True):
                 out[places, column[cell.unit]] = values
-            done += len(ran)
+            done += len(ran) * len(places)
             if progress is not None:
                 progress(done, total)
     return table(
@@ -179,7 +180,7 @@ def head_position_effects(
         heads: only these heads.
         batch_size: pairs at a time.
         tower: tower of the heads.
-        progress: called with cells done and cells in all.
+        progress: called with patched runs done and in all, one a head, position and pair.
 
     Raises:
         PairError: pairs of different lengths.
@@ -198,7 +199,7 @@ def head_position_effects(
     out = np.zeros((len(data.pairs), len(units), n_pos))
     clean, corrupted = np.zeros(len(data.pairs)), np.zeros(len(data.pairs))
     column = {unit: i for i, unit in enumerate(units)}
-    done, total = 0, len(units) * n_pos * len(data.groups())
+    done, total = 0, len(units) * n_pos * len(data.pairs)
     for places, batch in data.batches():
         clean[places] = batch.score(batch.clean.logits).cpu()
         corrupted[places] = batch.score(batch.corrupted.logits).cpu()
@@ -220,7 +221,7 @@ def head_position_effects(
                 effect = (batch.score(logits) - floor).cpu().numpy()
                 for cell, values in zip(ran, effect, strict=True):
                     out[places, column[cell.unit], position] = values
-            done += len(units)
+            done += len(units) * len(places)
             if progress is not None:
                 progress(done, total)
     return PositionEffects(
@@ -243,22 +244,19 @@ def sweep(
         start = base.n_pos - 1  # what the last block does elsewhere reaches no logit
     start = start if base.suffix_works else 0
     size = size_of_launch(base, start)
-    at = 0
-    while at < len(groups):
-        chosen = groups[at : at + size]
+
+    def patched(chosen: Sequence[tuple[int, ...]]) -> Tensor:
         z = base.kept[layer.name].z[:, start:]
         z = z[None].expand(len(chosen), *z.shape).clone()
         for i, heads in enumerate(chosen):
             z[i][:, :, list(heads)] = new[:, start:, list(heads)].to(z)
-        try:
-            logits = base.rerun({layer.name: z}, copies=len(chosen), start=start)
-        except (DeviceError, RuntimeError) as error:
-            if size == 1 or not _out_of_memory(error):
-                raise
-            size = max(1, size // 2)
-            continue
-        yield at, logits
-        at += len(chosen)
+        return base.rerun({layer.name: z}, copies=len(chosen), start=start)
+
+    at = 0
+    while at < len(groups):
+        for ran, logits in halving(groups[at : at + size], patched, what="patched runs"):
+            yield at, logits
+            at += len(ran)
 
 
 def size_of_launch(base: Replay, start: int) -> int:
@@ -319,25 +317,21 @@ def _launch(
     base: Replay, cells: list[Cell], new: Mapping[str, Tensor], start: int
 ) -> Iterator[tuple[list[Cell], Tensor]]:
     """One launch, cut in two where it does not fit into memory."""
-    try:
-        if possible(base):
+
+    def patched(chosen: Sequence[Cell]) -> Tensor:
+        with fitting(f"{len(chosen)} patched runs", "use a smaller batch"):
+            if not possible(base):
+                z = _patched_z(base, chosen, new, start)
+                return base.rerun({chosen[0].layer.name: z}, copies=len(chosen), start=start)
             steps = [
-                Step(layer, _patched_z(base, [c for c in cells if c.layer is layer], new, start))
-                for layer in sorted({c.layer for c in cells}, key=lambda x: x.index)
+                Step(layer, _patched_z(base, [c for c in chosen if c.layer is layer], new, start))
+                for layer in {c.layer.name: c.layer for c in chosen}.values()
             ]
-            cells = sorted(cells, key=lambda c: c.layer.index)
-            logits = staircase(base, steps, start=start)
-        else:
-            z = _patched_z(base, cells, new, start)
-            logits = base.rerun({cells[0].layer.name: z}, copies=len(cells), start=start)
-    except (DeviceError, RuntimeError) as error:
-        if len(cells) == 1 or not _out_of_memory(error):
-            raise
-        half = len(cells) // 2
-        yield from _launch(base, cells[:half], new, start)
-        yield from _launch(base, cells[half:], new, start)
-        return
-    yield cells, logits
+            return staircase(base, steps, start=start)
+
+    in_order = sorted(cells, key=lambda c: c.layer.index)
+    for ran, logits in halving(in_order, patched, what="patched runs"):
+        yield list(ran), logits
 
 
 def _patched_z(
@@ -354,10 +348,6 @@ def _patched_z(
         else:
             z[i][:, cell.position - start, heads] = new[name][:, cell.position, heads].to(z)
     return z
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, DeviceError) or "allocate memory" in str(error)
 
 
 def _heads_of(layer: Layer, unit: HeadId, granularity: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import InputError
+from interp.memory import fitting, halving
 from interp.metrics import METRICS, Bound, Metric, bind, per_example
 from interp.prompts import Prompt, PromptPair
 from interp.replay import Replay
@@ -104,11 +105,17 @@ class Pairs:
     def batches(self) -> Iterator[tuple[list[int], PairBatch]]:
         """Each batch with its kept runs, and the places of its pairs."""
         for places in self.groups():
-            chosen = tuple(self.pairs[i] for i in places)
-            yield places, self.batch(chosen)
+            for some, made in halving(
+                places, lambda p: self.batch(tuple(self.pairs[i] for i in p)), what="pairs"
+            ):
+                yield list(some), made
 
     def batch(self, chosen: tuple[PromptPair, ...]) -> PairBatch:
         """The kept runs of some pairs."""
+        with fitting(f"{len(chosen)} pairs", "use shorter prompts, or dtype bfloat16"):
+            return self._batch(chosen)
+
+    def _batch(self, chosen: tuple[PromptPair, ...]) -> PairBatch:
         model = self.model
         clean = Replay(
             model, model.batch([p.clean for p in chosen], side="left"), tower=self.tower

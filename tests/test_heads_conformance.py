@@ -59,8 +59,8 @@ FOUND = [(name, d) for name, d in CASES if zoo(name).truth.heads[d]]
 
 
 def cheap(detector):
-    """The case with something to find whose model and task are smallest."""
-    mine = [name for name, d in FOUND if d == detector]
+    """The case with something to find whose model is smallest, and takes prompts of any length."""
+    mine = [name for name, d in FOUND if d == detector and not name.startswith("planted-ioi")]
     return min(mine, key=lambda m: (zoo(m).context or 0, m)) if mine else None
 
 
@@ -96,7 +96,7 @@ def test_scores_and_controls_lie_within_the_range(name, detector):
     low, high = DETECTORS[detector].range
     for values in (found.per_example, found.null_per_example):
         seen = values[~np.isnan(values)]
-        assert ((seen >= low - 1e-6) & (seen <= high + 1e-6)).all()
+        assert ((seen >= low - 1e-5) & (seen <= high + 1e-5)).all()
     assert found.range == (low, high)
     assert found.per_example.shape == (N, len(found.heads))
     assert len(found.heads) == sum(x.n_heads for x in next(iter(zoo(name).towers.values())).layers)

@@ -271,10 +271,14 @@ def test_act_never_takes_the_first_token() -> None:
     model = planted(["read"], weights=ACT_WEIGHTS)
     with pytest.raises(InputError, match="no key but the first"):
         make_act(model, [Prompt((0, 5, 6, 7))], layers=0)
-    sunk = Prompt((5, 6, 1, 7))  # a sink in mid-text is one even if the first token is none
-    assert make_act(model, [sunk], layers=0).notes["sinks"] == {"L0H0": [[2]]}
+    # A sink in mid-text is one even if the first token is none. Rows: 1 | ½ ½ | 0 0 1 | 0 0 1 0,
+    # so that c = (3/8, 1/6, 1, 0).
+    sunk = Prompt((5, 6, 1, 7))
+    for threshold, sinks in ((0.1, [1, 2]), (0.16, [1, 2]), (0.17, [2]), (0.9, [2])):
+        recipe = make_act(model, [sunk], layers=0, threshold=threshold)
+        assert recipe.notes["sinks"] == {"L0H0": [sinks]}
     with pytest.raises(InputError, match="no key but the first"):
-        make_act(model, [sunk], layers=0, queries=3)
+        make_act(model, [sunk], layers=0, threshold=0.17, queries=3)
 
 
 def test_act_judges_layers_on_calibrated_inputs() -> None:
@@ -305,21 +309,23 @@ def test_act_judges_layers_on_calibrated_inputs() -> None:
 
 
 def test_act_search_keeps_the_heads_that_help() -> None:
-    # `read` says token 1 (a sink) where token 2 is right; calibrated it says 2. `mute` is idle.
+    # `read` says token 1 where token 2 is right: the last row of a hard prompt is (0, 5, 3, 0)/8,
+    # and c of token 1 is (1 + 5/8 + 5/8)/3 = 3/4. Calibrated the row is (0, 1/4, 3/4, 0).
+    # In the easy prompt no c but the first exceeds 0.6. `mute` has the same rows and is idle.
     weights = {0: 1e-30, 1: 5.0, 2: 3.0}
     model = planted(["mute", "read", "bos"], weights=weights)
     hard = [Prompt((0, 1, 2, n), answer=(2,), id=str(n)) for n in (5, 6)]
     easy = [Prompt((0, 2, 2, 1, 7), answer=(2,))]  # right as it is: 6 of 11
-    found = search_heads(model, hard + easy, layers=0, threshold=0.1, batch_size=2)
+    found = search_heads(model, hard + easy, layers=0, threshold=0.6, batch_size=2)
     assert found.base == pytest.approx(1 / 3)
-    assert found.accuracy[HeadId(0, 1)] > found.base
+    assert found.accuracy[HeadId(0, 1)] == 1
     assert found.accuracy[HeadId(0, 0)] == found.accuracy[HeadId(0, 2)] == found.base
     assert found.heads == (HeadId(0, 1),)
-    recipe = make_act(model, hard, layers=0, labelled=hard + easy)
+    recipe = make_act(model, hard, layers=0, threshold=0.6, labelled=hard + easy)
     assert recipe.heads == (HeadId(0, 1),)
     assert recipe.notes["accuracy"]["base"] == pytest.approx(1 / 3)
     with pytest.raises(InputError, match="no head raises the mean accuracy"):
-        make_act(model, hard, heads=["0.0"], labelled=hard)
+        make_act(model, hard, heads=["0.0"], threshold=0.6, labelled=hard)
 
 
 # VHR ----------------------------------------------------------------------------------------
@@ -334,7 +340,11 @@ def test_vhd_is_exact() -> None:
     # With the span `read` carries 3·onehot(SEEN), without it 3·onehot(BOS); so does `mute`, at 1.
     assert vhd == pytest.approx({"L0H0": 3 * 2**0.5, "L0H1": 0, "L0H2": 2**0.5, "L0H3": 0})
     assert vhd["L0H1"] == vhd["L0H3"] == 0.0
-    assert recipe.heads == (HeadId(0, 0), HeadId(0, 2))
+    # 3√2 lies beyond μ + σ = √2 + √3, and ‖z without‖² = 9 of (9, 0, 1, 0) beyond 2.5 + 3.77.
+    assert recipe.notes["outliers"] == {"L0H0": [True]} and recipe.heads == (HeadId(0, 2),)
+    every = make_vhr(model, [LOOK], layers=0, outliers=False)
+    assert every.notes["vhd"] == recipe.notes["vhd"] and every.notes["outliers"] == {}
+    assert every.heads == (HeadId(0, 0), HeadId(0, 2))
     blind = planted(["read", "bos"], weights={SEEN: 1e30, 6: 1e-4}, strength=3.0)
     blind.hf.model.layers[0].self_attn.v_proj.weight.data[6] = 0  # token 6 carries nothing
     exact = make_vhr(blind, [LOOK], layers=0)
@@ -356,7 +366,7 @@ def test_vhr_doubles_z() -> None:
 
 @pytest.mark.parametrize("layered", [True, False])
 def test_vhr_judges_layers_on_reinforced_inputs(layered: bool) -> None:
-    model = planted(["read", "bos"], ["echo", "bos"], weights={SEEN: 1e30})
+    model = planted(["read", "bos"], ["echo", "bos"], weights={SEEN: 1e30, 6: 1e-4})
     model.hf.model.layers[0].self_attn.v_proj.weight.data[6] = 0
     recipe = make_vhr(model, [LOOK], layers=(0, 1), layered=layered)
     # `echo` carries what `read` wrote at its own position: the reinforced 2·onehot, or 1·onehot.
@@ -548,7 +558,7 @@ def random_prompts(seed: int, lengths: Sequence[int] = (11, 8, 14)) -> list[Prom
 
 CASES: dict[str, dict[str, Any]] = {
     "vhr": {"layers": (0, 1)},
-    "var": {"layers": (0, 1), "tau": 2.5, "dims": (3, 7, 11), "rho": 0.9, "least": 0.05},
+    "var": {"layers": (0, 1), "tau": 2.0, "dims": (3, 7, 11), "rho": 0.9, "least": 0.05},
     "act": {"layers": (0, 1), "threshold": 0.2, "queries": 2},
     "temperature": {"temperature": 0.7, "log_n": 0.2},
     "sink-removal": {"epsilon": 0.25, "queries": 2},

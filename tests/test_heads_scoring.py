@@ -13,7 +13,15 @@ import heads.scoring as scoring
 from heads.detector import DETECTORS, make_detector
 from heads.scoring import execute, plan, score
 from interp import load
-from interp.errors import DeviceError, InputError, RunError, SiteError, SpanError, UnknownNameError
+from interp.errors import (
+    InputError,
+    RunError,
+    SiteError,
+    SmallerBatchWarning,
+    SpanError,
+    TooLargeError,
+    UnknownNameError,
+)
 from interp.headid import HeadId
 from interp.model import Model
 from interp.prompts import Prompt
@@ -351,14 +359,37 @@ def test_a_model_may_be_named(model):
     assert found.to_bytes() == score(model, "sink", n=2)["sink"].to_bytes()
 
 
-def test_a_batch_that_does_not_fit_is_an_error_with_a_way_out(model, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved_and_that_is_said(model, monkeypatch):
+    want = score(model, "sink", n=7)["sink"]
+    sizes, read = [], scoring.read
+
+    def small(model, batch, *args, **kwargs):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+        return read(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(scoring, "read", small)
+    with pytest.warns(SmallerBatchWarning) as said:
+        got = score(model, "sink", n=7, batch_size=8)["sink"]
+    assert sizes == [7, 4, 2, 2, 3, 2, 1]
+    assert str(said[0].message) == "7 prompts at once do not fit into memory; going on with 4"
+    np.testing.assert_array_equal(got.per_example, want.per_example)
+    np.testing.assert_array_equal(got.null_per_example, want.null_per_example)
+    assert got.examples == want.examples
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_with_a_way_out(model, monkeypatch):
     def starved(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(scoring, "read", starved)
-    with pytest.raises(DeviceError, match="batch of 2 prompts with 128 tokens") as caught:
+    with (
+        pytest.warns(SmallerBatchWarning),
+        pytest.raises(TooLargeError, match="1 prompts of up to 64 tokens do not fit") as caught,
+    ):
         score(model, "sink", n=2)
-    assert "batch-size" in caught.value.hint
+    assert "shorter prompts" in caught.value.hint
 
     def faulty(*args, **kwargs):
         raise RuntimeError("shapes differ")

@@ -9,7 +9,14 @@ from patching_kit import FAMILIES, difference, logits_of, random_pairs, seen_z, 
 from torch import Tensor
 
 import interp
-from interp.errors import DeviceError, HeadIdError, InputError, PairError, UnknownNameError
+from interp.errors import (
+    HeadIdError,
+    InputError,
+    PairError,
+    SmallerBatchWarning,
+    TooLargeError,
+    UnknownNameError,
+)
 from interp.headid import HeadId
 from interp.metrics import METRICS
 from interp.model import Model
@@ -19,6 +26,7 @@ from interp.replay import Overlay, Replay
 from interp.zoo.planted_ioi import ioi_pairs
 from patching import METHODS, Pairs, head_effects, head_position_effects, make_method
 from patching.engine import SITES
+from patching.pairs import PairBatch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -359,21 +367,43 @@ def test_heads_are_chosen_and_progress_is_told() -> None:
         progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert scores.heads == (HeadId(0, 3), HeadId(2, 0))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert told == [(2, 4), (4, 4)]  # heads of all layers share a launch
 
 
-def test_memory_that_runs_out_halves_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pairs = tiny("llama"), random_pairs(2)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_memory_that_runs_out_halves_the_copies(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = tiny(family), random_pairs(2)
     want = head_effects(model, pairs)
-    whole = Replay.rerun
+    run, tried = Replay._forward, []
 
-    def small(self: Replay, changes: dict[str, Tensor], *, copies: int, **more: object) -> Tensor:
-        if copies > 1:
-            raise DeviceError("too many")
-        return whole(self, changes, copies=copies, **more)  # type: ignore[arg-type]
+    def small(self: Replay, inputs: dict[str, Tensor]) -> Tensor:
+        logits = run(self, inputs)
+        tried.append(len(logits))
+        if len(logits) > 7:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return logits
 
-    monkeypatch.setattr(Replay, "rerun", small)
-    np.testing.assert_allclose(head_effects(model, pairs).per_example, want.per_example, atol=1e-5)
+    monkeypatch.setattr(Replay, "_forward", small)
+    with pytest.warns(SmallerBatchWarning, match="patched runs at once do not fit into memory"):
+        got = head_effects(model, pairs)
+    assert max(tried) > 7 and sum(x <= 7 for x in tried) > 2
+    np.testing.assert_allclose(got.per_example, want.per_example, atol=1e-5)
+    monkeypatch.setattr(Replay, "_forward", run)
+    batch, whole = Pairs.batch, []
+
+    def two(self: Pairs, chosen: tuple[PromptPair, ...]) -> PairBatch:
+        whole.append(len(chosen))
+        if len(chosen) > 1:
+            raise TooLargeError("2 pairs do not fit into memory")
+        return batch(self, chosen)
+
+    monkeypatch.setattr(Pairs, "batch", two)
+    with pytest.warns(SmallerBatchWarning, match="2 pairs at once"):
+        got = head_effects(model, pairs)
+    assert whole == [2, 1, 1]
+    np.testing.assert_allclose(got.per_example, want.per_example, atol=1e-5)
 
 
 def test_the_model_is_as_before() -> None:
