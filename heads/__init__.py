@@ -1,7 +1,8 @@
 """Detectors, the scoring engine, and what a score does to a model: see `heads.detector`."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.lazy import lazy
 
 if TYPE_CHECKING:
     from heads.detector import DETECTORS as DETECTORS
@@ -19,10 +20,4 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'heads' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)

@@ -1,7 +1,8 @@
 """Models, prompts, readings, results, runs, zoo: everything the other packages stand on."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.lazy import lazy
 
 if TYPE_CHECKING:
     from interp.headid import HeadId as HeadId
@@ -25,11 +26,4 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    # Nothing heavy is imported before it is used: `headscope --help` must not wait for torch.
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'interp' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)

@@ -33,7 +33,7 @@ from patching.pairs import Pairs
 PER = ("example", "position")
 
 
-def importance(
+def head_importance(
     model: Model,
     pairs: Sequence[PromptPair] | Pairs,
     *,
@@ -156,7 +156,7 @@ class Importance(Method):
         self, pairs: Pairs, *, progress: Callable[[int, int], None] | None = None
     ) -> HeadScores:
         """See `Method`."""
-        return importance(
+        return head_importance(
             pairs.model, pairs, per=self.per, normalise=self.normalise, tower=pairs.tower,
             progress=progress,
         )  # fmt: skip

@@ -7,8 +7,9 @@
 - `fit_iti`, `fit_mean_difference`, `function_vector`: recipes.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.lazy import lazy
 
 if TYPE_CHECKING:
     from probes.control import control_labels as control_labels
@@ -56,10 +57,4 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'probes' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)

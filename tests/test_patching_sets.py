@@ -18,7 +18,7 @@ from interp.recipe import Edit, Positions, Recipe, Where
 from interp.zoo.planted_ioi import ioi_pairs
 from patching import Pairs, head_effects, make_method
 from patching.circuit import HeadSet, circuit_curve, circuit_sizes, ranked, top_heads
-from patching.importance import importance
+from patching.importance import head_importance
 from patching.knockout import head_knockout, window_knockout
 from patching.prune import greedy_prune, joint_effects, leave_one_out
 from patching.repair import force_attention, self_repair
@@ -116,8 +116,8 @@ def test_importance_is_the_slope_of_a_gate(kind: str) -> None:
     """Central differences of gates on whole heads, and on single positions."""
     model = tiny(kind)
     (pair,) = pairs = random_pairs(1)
-    by_example = importance(model, pairs)
-    by_position = importance(model, pairs, per="position")
+    by_example = head_importance(model, pairs)
+    by_position = head_importance(model, pairs, per="position")
     eps = 1e-2
     for j, head in list(enumerate(by_example.heads))[::4]:
         name = model.layer_of(head).name
@@ -141,8 +141,8 @@ def test_importance_is_the_slope_of_a_gate(kind: str) -> None:
 
 
 def test_importance_normalised_and_saturated(toy: Model) -> None:
-    plain = importance(tiny("llama"), random_pairs(2))
-    scaled = importance(tiny("llama"), random_pairs(2), normalise=True)
+    plain = head_importance(tiny("llama"), random_pairs(2))
+    scaled = head_importance(tiny("llama"), random_pairs(2), normalise=True)
     for layer in range(3):
         mine = slice(4 * layer, 4 * layer + 4)
         assert np.linalg.norm(scaled.values[mine]) == pytest.approx(1.0)
@@ -353,9 +353,9 @@ def test_attention_is_forced(toy: Model) -> None:
 def test_bad_input(toy: Model) -> None:
     model, pairs = tiny("llama"), random_pairs(2)
     with pytest.raises(InputError, match="example or position"):
-        importance(model, pairs, per="token")
+        head_importance(model, pairs, per="token")
     with pytest.raises(InputError, match="no gradient"):
-        importance(model, pairs, metric="accuracy")
+        head_importance(model, pairs, metric="accuracy")
     with pytest.raises(InputError, match="at least one set"):
         joint_effects(model, pairs, [])
     with pytest.raises(HeadIdError, match="outside"):

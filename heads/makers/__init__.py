@@ -9,7 +9,8 @@ order, in one batch (each for as many rows as there are beams), padded on either
     with recipe.on(model):
         model.hf.generate(...)
 
-Inference-time intervention, mean differences and function vectors are fitted in `probes`.
+Temperature, inference-time intervention and function vectors are for any prompts; the last two are
+fitted by `probes` on prompts given for that. Mean differences are in `probes` alone.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from interp.errors import UnknownNameError
+from interp.errors import InputError, UnknownNameError
 from interp.prompts import Batch, Prompt
 from interp.registry import Registry
 
@@ -74,7 +75,8 @@ def make_recipe(
 
     Raises:
         UnknownNameError: no such maker, or no such parameter.
-        InputError: a value is not of the parameter's type, or what the maker raises.
+        InputError: a value is not of the parameter's type, a text stands for prompts or positions,
+            or what the maker raises.
     """
     from interp.tasks import read_like
 
@@ -85,11 +87,22 @@ def make_recipe(
         if key not in known:
             raise UnknownNameError(f"parameter of recipe maker {name!r}", key, known)
         if isinstance(value, str):
+            _check_text(entry, key, value)
             default = known[key]
             plain = isinstance(default, bool | int | float | str)
             value = read_like(default, value, f"{name}:{key}") if plain else _listed(value)
         values[key] = value
     return entry.make(model, inputs, **values)
+
+
+def _check_text(entry: Maker, key: str, text: str) -> None:
+    """Refuse a text for a parameter that no text can stand for."""
+    annotation = str(inspect.signature(entry.make).parameters[key].annotation)
+    for kind in ("Prompt", "Positions"):
+        if kind in annotation:
+            raise InputError(
+                f"parameter {key!r} of {entry.name!r} takes values of {kind}; got {text!r}"
+            )
 
 
 def _listed(text: str) -> Any:

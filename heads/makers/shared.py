@@ -17,7 +17,7 @@ from interp.engine import answer
 from interp.errors import HeadIdError, InputError, SiteError
 from interp.headid import HeadId
 from interp.kernels.plan import Side, compile_plan
-from interp.prompts import Batch
+from interp.prompts import Batch, Prompt
 from interp.readings import KeyMass
 from interp.recipe import Edit, Positions
 from interp.recipe.act import strength_of
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from interp.model import Model
 
 K = TypeVar("K", bound=Hashable)
+_ONE_SEQUENCE = "recipe makers read one sequence; got prompts of encoder and decoder"
 Found = Mapping[HeadId, Sequence[K | None]]
 """For each head what was found on each example; None where nothing was."""
 
@@ -42,13 +43,27 @@ def as_batch(model: "Model", inputs: Inputs) -> Batch:
     Raises:
         InputError: there are no prompts, or they are for an encoder and a decoder.
     """
-    if not isinstance(inputs, Batch):
-        if not inputs:
-            raise InputError("a recipe maker needs at least one prompt; got none")
-        return model.batch(list(inputs), side="left")
-    if inputs.decoder is not None:
-        raise InputError("recipe makers read one sequence; got prompts of encoder and decoder")
-    return inputs
+    prompts = prompts_of(inputs)
+    return inputs if isinstance(inputs, Batch) else model.batch(prompts, side="left")
+
+
+def prompts_of(inputs: Inputs) -> tuple[Prompt, ...]:
+    """The prompts of the inputs.
+
+    Raises:
+        InputError: there are none, or they are for an encoder and a decoder.
+    """
+    if isinstance(inputs, Batch) and inputs.decoder is not None:
+        raise InputError(_ONE_SEQUENCE)
+    prompts = tuple(inputs.prompts if isinstance(inputs, Batch) else inputs)
+    if not prompts:
+        raise InputError("a recipe maker needs at least one prompt; got none")
+    return prompts
+
+
+def as_fitted(inputs: Inputs) -> list[Any]:
+    """The inputs as a fit of `probes` goes through them: prompts, or one batch with its images."""
+    return [inputs] if isinstance(inputs, Batch) else list(inputs)
 
 
 def token_tower(model: "Model") -> Tower:
@@ -182,10 +197,10 @@ def noted(found: Found[Any]) -> dict[str, list[Any]]:
 
 
 def about(
-    name: str, citation: str, model: "Model", batch: Batch | None, params: Mapping[str, Any]
+    name: str, citation: str, model: "Model", inputs: Inputs | None, params: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Notes that every recipe of a maker has."""
-    examples = [] if batch is None else [p.id for p in batch.prompts]
+    examples = [] if inputs is None else [p.id for p in prompts_of(inputs)]
     return {
         "name": name, "citation": citation, "model": model.name, "params": dict(params),
         "examples": examples,

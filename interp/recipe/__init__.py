@@ -1,7 +1,8 @@
 """Interventions as values: where, what, how much; see `interp.recipe.recipe`."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.lazy import lazy
 
 if TYPE_CHECKING:
     from interp.recipe.edit import Edit as Edit
@@ -25,10 +26,4 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'interp.recipe' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)
