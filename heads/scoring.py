@@ -266,7 +266,12 @@ def _digest(prompts: list[Prompt]) -> str:
     text = json.dumps(
         [[p.id, p.tokens, sorted(p.spans.items()), p.answer] for p in prompts], sort_keys=True
     )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode())
+    for prompt in prompts:
+        for name, x in sorted(prompt.inputs.items()):
+            digest.update(f"{prompt.id}/{name}/{tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _implementation(model: Model) -> str | None:

@@ -12,7 +12,6 @@
 Each answer says which kernel served which layer. The model's output keeps every bit.
 """
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,7 +71,10 @@ class Collector:
 
     def __init__(self, tower: Tower, batch: Batch, readings: Mapping[str, Reading]) -> None:
         self.tower = tower
-        self.batch = batch
+        seen = batch.view(tower.name)
+        self.batch: Batch = batch if seen is None else seen[0]
+        self._owners: tuple[int, ...] | None = None if seen is None else seen[1]
+        self._examples = len(batch)
         self.readings = dict(readings)
         self._names = {layer.name: layer for layer in tower.layers}
         self._plans: dict[tuple[int, int, bool], Plan] = {}
@@ -121,7 +123,7 @@ class Collector:
         key = (n_query, n_key, causal)
         if key not in self._plans:
             sides = self._side(False).at(n_query), self._side(True).at(n_key)
-            if self.tower.name.split("-")[0] not in _TOKENS:
+            if self._owners is None and self.tower.name.split("-")[0] not in _TOKENS:
                 # As many patches as the prompt has tokens are still no tokens.
                 sides = Side(self.batch, n_query), Side(self.batch, n_key)
             self._plans[key] = compile_plan(self.readings, *sides, causal=causal)
@@ -143,9 +145,26 @@ class Collector:
                 )
             order = [layer.name for layer in self.tower.layers]
             out[name] = Answer(
-                _stack([found.values[n] for n in order]),
+                self._by_example(_stack([found.values[n] for n in order]), name),
                 tuple(found.how[n] for n in order),
                 _stack([found.se[n] for n in order]) if found.se else None,
+            )
+        return out
+
+    def _by_example(self, values: Tensor, name: str) -> Tensor:
+        """Rows of a vision tower as examples: the mean over an example's images and tiles."""
+        if self._owners is None or self._owners == tuple(range(self._examples)):
+            return values
+        if values.dim() > 3:
+            raise SiteError(
+                f"reading {name!r} gives more than a number a head, and an example has several "
+                f"images or tiles in tower {self.tower.name!r}",
+                hint="give prompts with one image each",
+            )
+        out = values.new_full((self._examples, *values.shape[1:]), math.nan)
+        for i in sorted(set(self._owners)):
+            out[i] = values[[row for row, owner in enumerate(self._owners) if owner == i]].nanmean(
+                0
             )
         return out
 
@@ -189,10 +208,8 @@ def _inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     It may accept a token mask all the same, and then mask its patches by it.
     """
     inputs = batch.inputs()
-    if getattr(model.hf, "main_input_name", "input_ids") != "input_ids":
-        taken = inspect.signature(model.hf.forward).parameters
-        if "input_ids" not in taken:
-            inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
+    if not model.reads_tokens:
+        inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
     return inputs
 
 

@@ -5,6 +5,7 @@ manager closes it is as it was. What is read is proven on the model itself by `d
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -94,6 +95,13 @@ class Model:
         """Most positions the model was made for, or None if it does not say."""
         value = getattr(self.text_config, "max_position_embeddings", None)
         return int(value) if isinstance(value, int) and value > 0 else None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its main input is tokens; a plain vision transformer reads images alone."""
+        if getattr(self.hf, "main_input_name", "input_ids") == "input_ids":
+            return True
+        return "input_ids" in inspect.signature(self.hf.forward).parameters
 
     @property
     def vocabulary(self) -> int:
@@ -270,7 +278,7 @@ class Model:
         Raises:
             InputError: a prompt is longer than the model's context, or has unknown ids.
         """
-        for prompt in prompts:
+        for prompt in prompts if self.reads_tokens else ():
             if self.context is not None and len(prompt) > self.context:
                 raise InputError(
                     f"a prompt must fit the {self.context} positions of {self.name}; prompt "
@@ -283,7 +291,8 @@ class Model:
                     f"token ids must lie in 0..{self.vocabulary - 1} for {self.name}; prompt "
                     f"{prompt.id or '?'} has {wrong}"
                 )
-        return Batch.of(prompts, pad_id=self.pad_id, side=side, device=str(self.device))
+        pad = self.pad_id if self.reads_tokens else 0
+        return Batch.of(prompts, pad_id=pad, side=side, device=str(self.device))
 
     def doctor(
         self, inputs: Mapping[str, Tensor] | None = None, *, oracle: bool = False

@@ -14,6 +14,8 @@ from interp.errors import InputError, PairError, SpanError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from interp.images.patches import PatchMap
+
 Range = tuple[int, int]
 
 
@@ -29,6 +31,11 @@ class Prompt:
         reference: token ids by which relations such as "same token" are judged; a control prompt
             keeps those of the prompt it controls, so that both are read at the same places.
         meta: facts about the example (depth, length, …), kept with its scores.
+        inputs: further inputs of the model for this example alone, such as `pixel_values`; the
+            first axis counts images, tiles or patches, and a batch puts them one after another.
+        patches: which pixels its tokens stand for, if it has images.
+        views: tower to this example as that tower sees it, in positions of its own; a vision tower
+            may see it as several rows, one per image or tile.
 
     Raises:
         SpanError: a range lies outside the prompt or is empty.
@@ -40,6 +47,9 @@ class Prompt:
     answer: tuple[int, ...] | None = None
     reference: tuple[int, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, "Tensor"] = field(default_factory=dict, compare=False)
+    patches: "PatchMap | None" = None
+    views: "Mapping[str, tuple[Prompt, ...]]" = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -148,7 +158,19 @@ class Batch:
         for row, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True)):
             ids[row, offset : offset + len(prompt)] = torch.tensor(prompt.tokens)
             mask[row, offset : offset + len(prompt)] = 1
-        return cls(prompts, ids.to(device), mask.to(device), offsets)
+        extra = {n: x.to(device) for n, x in _merged(prompts, offsets, width).items()}
+        return cls(prompts, ids.to(device), mask.to(device), offsets, extra)
+
+    def view(self, tower: str) -> "tuple[Batch, tuple[int, ...]] | None":
+        """The batch as a tower sees it, and the prompt that each of its rows belongs to.
+
+        None for towers that attend over the prompt's own tokens.
+        """
+        if not any(tower in p.views for p in self.prompts):
+            return None
+        rows = [(i, seen) for i, p in enumerate(self.prompts) for seen in p.views.get(tower, ())]
+        made = Batch.of([seen for _, seen in rows], device=str(self.input_ids.device))
+        return made, tuple(i for i, _ in rows)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -172,3 +194,51 @@ class Batch:
             inputs["decoder_input_ids"] = self.decoder.input_ids
             inputs["decoder_attention_mask"] = self.decoder.attention_mask
         return inputs
+
+
+def _merged(
+    prompts: tuple[Prompt, ...], offsets: tuple[int, ...], width: int
+) -> "dict[str, Tensor]":
+    """Further inputs of all prompts, one after another; such as have a value a token are padded.
+
+    Raises:
+        InputError: some prompts have an input that others lack.
+    """
+    import torch
+
+    out = {}
+    for name in dict.fromkeys(name for p in prompts for name in p.inputs):
+        lacking = [p for p in prompts if name not in p.inputs]
+        if lacking and len(lacking) < len(prompts) and name not in _PER_IMAGE:
+            raise InputError(
+                f"prompts of one batch must have the same inputs; prompt {lacking[0].id or '?'} "
+                f"has no {name!r}",
+                hint="score prompts with and without images apart",
+            )
+        parts = [p.inputs[name] for p in prompts if name in p.inputs]
+        if name.endswith("token_type_ids"):
+            whole = parts[0].new_zeros(len(prompts), width)
+            for row, (part, offset, p) in enumerate(zip(parts, offsets, prompts, strict=True)):
+                whole[row, offset : offset + len(p)] = part.reshape(-1)
+            out[name] = whole
+            continue
+        shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
+        padded = []
+        for x in parts:
+            if list(x.shape[1:]) != shape:  # fewer tiles than another prompt of the batch
+                larger = x.new_zeros(x.shape[0], *shape)
+                larger[tuple(slice(n) for n in x.shape)] = x
+                x = larger
+            padded.append(x)
+        out[name] = torch.cat(padded)
+    return out
+
+
+# Inputs that count images, so that a prompt without any adds nothing to them.
+_PER_IMAGE = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+    "pixel_values_videos",
+    "video_grid_thw",
+)

@@ -132,7 +132,7 @@ def answers_loss(model: Any, ids: Tensor, weight: Tensor) -> Tensor:
     return (loss * w).sum() / w.sum()
 
 
-Stage = tuple[int, Callable[[], tuple[Tensor, Tensor]], float]
+Stage = tuple[int, Callable[[], tuple[Tensor, ...]], float]
 
 
 def train(
@@ -142,8 +142,12 @@ def train(
     report: Callable[[int, float], None],
     device: str = "cpu",
     save: Callable[[], None] | None = None,
+    loss_of: Callable[..., Tensor] = answers_loss,
 ) -> None:
-    """AdamW through stages of (steps, batch maker, peak rate), each warmed up and cooled down."""
+    """AdamW through stages of (steps, batch maker, peak rate), each warmed up and cooled down.
+
+    `loss_of` takes the model and what the batch maker returned.
+    """
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     done = 0
@@ -153,8 +157,7 @@ def train(
             cool = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm * (0.1 + 0.9 * cool)
-            ids, weight = (x.to(device) for x in make())
-            loss = answers_loss(model, ids, weight)
+            loss = loss_of(model, *(x.to(device) for x in make()))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
