@@ -11,8 +11,9 @@ the skewed world guesses the habit, and hallucinates where there is a conflict.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -91,6 +92,7 @@ def make_scene(
     things: tuple[int, int] = (2, 4),
     faint: float = 0.1,
     needs: Sequence[str] = (),
+    paint: Mapping[tuple[int, int], str] = MappingProxyType({}),
 ) -> Scene:
     """A random scene; the same for the same arguments.
 
@@ -100,6 +102,7 @@ def make_scene(
         things: least and greatest number of things, at most 6.
         faint: share of things that are faint.
         needs: colours that one of the things must have.
+        paint: (row, column) to another colour for the thing there, all else being equal.
 
     Raises:
         InputError: an unknown world, or impossible numbers.
@@ -121,6 +124,7 @@ def make_scene(
     made = []
     for cell, shape, colour in zip(cells, shapes, colours, strict=True):
         row, column = divmod(cell, ROWS)
+        colour = paint.get((row, column), colour)
         dim = rng.random() < faint
         shade = np.array(COLOURS[colour], float)
         if dim:

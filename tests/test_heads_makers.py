@@ -3,15 +3,19 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from reference import handle
+from reference import fresh, handle
 from torch import Tensor
 
 from heads.makers import MAKERS, make_recipe
 from heads.makers.act import make_act, search_heads
+from heads.makers.function_vector import make_function_vector
+from heads.makers.iti import make_iti
 from heads.makers.sink_removal import make_sink_removal
 from heads.makers.temperature import make_temperature
 from heads.makers.var import make_var, sink_dims
@@ -24,7 +28,9 @@ from interp.model import Model
 from interp.prompts import Batch, Prompt
 from interp.readings import KeyMass
 from interp.recipe import Positions, Recipe
+from interp.zoo.planted_llama import class_prompts, planted_llama
 from interp.zoo.planted_parts import HeadPlan, Layout, Stream, assemble
+from probes import fit_iti, function_vector
 
 torch.set_num_threads(1)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
@@ -188,6 +194,47 @@ def test_var_leaves_rows_that_are_not_about_the_image() -> None:
             torch.testing.assert_close(logits(model, model.batch(batch))[0], base, **CLOSE)
 
 
+def test_var_limits_belong_to_the_rows_about_the_image() -> None:
+    # The row is (1/2, 1/4, 1/4): half of the image's mass of 1/2 is on its sink.
+    model = planted(["read"], weights={TEXT_SINK: 2.0, IMAGE_SINK: 1.0, SEEN: 1.0})
+    batch = model.batch([PICTURE])
+    for params, row in (
+        ({}, [0.30, 0.15, 0.55]), ({"least": 0.5}, [0.30, 0.15, 0.55]),
+        ({"p": 0.0}, [0.0, 0.0, 1.0]), ({"rho": 0.49}, [0.5, 0.25, 0.25]),
+        ({"least": 0.51}, [0.5, 0.25, 0.25]),
+    ):  # fmt: skip
+        with make_var(model, [PICTURE], layers=0, **params).on(model):
+            got = logits(model, batch)[0][-1, [TEXT_SINK, IMAGE_SINK, SEEN]]
+        torch.testing.assert_close(got, torch.tensor(row), **CLOSE)
+
+
+def test_var_gives_to_the_image_alone() -> None:
+    # The row is (4, 4, 1, 1)/10, its second token neither sink nor image: it keeps its 0.4.
+    model = planted(["read"], weights={TEXT_SINK: 4.0, 5: 4.0, IMAGE_SINK: 1.0, SEEN: 1.0})
+    with make_var(model, [PICTURE], layers=0, least=0.1).on(model):
+        got = logits(model, model.batch([PICTURE]))[0][-1, [TEXT_SINK, 5, IMAGE_SINK, SEEN]]
+    torch.testing.assert_close(got, torch.tensor([0.24, 0.4, 0.06, 0.3]), **CLOSE)
+
+
+def test_var_sinks_by_hand() -> None:
+    # Entry d of token j is s_j and all others are 1: φ = s/√((s² + 63)/64), 2.0158 for s = 2.
+    model = planted(["read"])
+    rows = model.hf.model.embed_tokens.weight.data
+    rows.fill_(1.0)
+    rows[TEXT_SINK, 40], rows[IMAGE_SINK, 41], rows[SEEN, 42] = 2.0, -3.0, 4.0
+    sizes = [s / ((s * s + 63) / 64) ** 0.5 for s in (2.0, 3.0, 4.0)]
+    for tau, want in ((1.9, [0, 2]), (sizes[0] + 1e-3, [2]), (sizes[1] - 1e-3, [2])):
+        recipe = make_var(model, [PICTURE], layers=0, tau=tau, dims=(40, 41))
+        assert recipe.notes["sinks"] == {"0": [want]} and recipe.notes["visual"] == {"0": [[2]]}
+    with pytest.raises(InputError, match="no token is a sink"):
+        make_var(model, [PICTURE], layers=0, tau=sizes[1] + 1e-3, dims=(40, 41))
+    # The median entry is 1: dimensions come by their largest entry, none below a tenth of it.
+    assert sink_dims(model, [PICTURE], layers=0, most=3) == (42, 41, 40)
+    rows[SEEN, 42] = 25.0
+    assert sink_dims(model, [PICTURE], layers=0, most=3) == (42, 41)
+    assert sink_dims(model, [PICTURE], layers=0, most=1) == (42,)
+
+
 def test_var_while_decoding() -> None:
     model = planted(["read"])
     extra = [7, SEEN, 8]
@@ -281,6 +328,17 @@ def test_act_never_takes_the_first_token() -> None:
         make_act(model, [sunk], layers=0, threshold=0.17, queries=3)
 
 
+def test_act_takes_only_what_exceeds_the_threshold() -> None:
+    model, equal = planted(["read"], weights={1: 1.0}), Prompt((1, 1))  # c = (3/4, 1/2)
+    assert make_act(model, [equal], layers=0, threshold=0.499).notes["sinks"] == {"L0H0": [[1]]}
+    with pytest.raises(InputError, match="no key but the first"):
+        make_act(model, [equal], layers=0, threshold=0.5)
+    found = make_sink_removal(model, [equal], epsilon=0.5, queries=1)  # sinks may reach theirs
+    assert found.notes["sinks"] == {"L0H0": [[0, 1]]}
+    found = make_sink_removal(model, [equal], epsilon=0.501, queries=1)
+    assert found.notes["sinks"] == {"L0H0": [[0]]}
+
+
 def test_act_judges_layers_on_calibrated_inputs() -> None:
     model = handle("llama")
     prompts = random_prompts(3)
@@ -311,21 +369,22 @@ def test_act_judges_layers_on_calibrated_inputs() -> None:
 def test_act_search_keeps_the_heads_that_help() -> None:
     # `read` says token 1 where token 2 is right: the last row of a hard prompt is (0, 5, 3, 0)/8,
     # and c of token 1 is (1 + 5/8 + 5/8)/3 = 3/4. Calibrated the row is (0, 1/4, 3/4, 0).
-    # In the easy prompt no c but the first exceeds 0.6. `mute` has the same rows and is idle.
+    # The answer takes no part: with its row (0, 5, 3, 0, 3)/11 the mean would be 0.68, below 0.7.
+    # In the easy prompt no c but the first exceeds 0.7. `mute` has the same rows and is idle.
     weights = {0: 1e-30, 1: 5.0, 2: 3.0}
     model = planted(["mute", "read", "bos"], weights=weights)
     hard = [Prompt((0, 1, 2, n), answer=(2,), id=str(n)) for n in (5, 6)]
     easy = [Prompt((0, 2, 2, 1, 7), answer=(2,))]  # right as it is: 6 of 11
-    found = search_heads(model, hard + easy, layers=0, threshold=0.6, batch_size=2)
+    found = search_heads(model, hard + easy, layers=0, threshold=0.7, batch_size=2)
     assert found.base == pytest.approx(1 / 3)
     assert found.accuracy[HeadId(0, 1)] == 1
     assert found.accuracy[HeadId(0, 0)] == found.accuracy[HeadId(0, 2)] == found.base
     assert found.heads == (HeadId(0, 1),)
-    recipe = make_act(model, hard, layers=0, threshold=0.6, labelled=hard + easy)
+    recipe = make_act(model, hard, layers=0, threshold=0.7, labelled=hard + easy)
     assert recipe.heads == (HeadId(0, 1),)
     assert recipe.notes["accuracy"]["base"] == pytest.approx(1 / 3)
     with pytest.raises(InputError, match="no head raises the mean accuracy"):
-        make_act(model, hard, heads=["0.0"], threshold=0.6, labelled=hard)
+        make_act(model, hard, heads=["0.0"], threshold=0.7, labelled=hard)
 
 
 # VHR ----------------------------------------------------------------------------------------
@@ -384,6 +443,18 @@ def test_vhr_drops_heads_that_are_loud_without_the_image() -> None:
     assert with_rule.heads == (HeadId(0, 1),)
     assert with_rule.notes["outliers"] == {"L0H0": [True]}
     assert without.heads == (HeadId(0, 0), HeadId(0, 1))
+
+
+def test_vhr_outliers_are_judged_by_the_square() -> None:
+    # ‖z without‖ of six heads is (5, 4, 0, 0, 0, 0), beyond μ + σ = 3.64 twice; so is VHD. Of the
+    # squares only 25 lies beyond 6.83 + 10.02.
+    model = planted(["loud", "loud", *["bos"] * 4], weights={0: 1.0, SEEN: 1e30})
+    v = model.hf.model.layers[0].self_attn.v_proj.weight.data
+    v[:V] *= 5 / 9
+    v[V : 2 * V] *= 4 / 9
+    recipe = make_vhr(model, [LOOK], layers=0)
+    assert [recipe.notes["vhd"][f"L0H{h}"][0] for h in range(6)] == pytest.approx([5, 4, *[0] * 4])
+    assert recipe.notes["outliers"] == {"L0H0": [True]} and recipe.heads == (HeadId(0, 1),)
 
 
 def test_vision_heads_by_hand() -> None:
@@ -459,6 +530,20 @@ def test_temperature_is_dividing_scores(site: str) -> None:
         torch.testing.assert_close(got[[0, 2, 3, 4]], want[[0, 2, 3, 4]], **CLOSE)
 
 
+def test_temperature_by_hand() -> None:
+    model, batch = planted(["read"]), [PICTURE]
+    for t, row in ((0.5, [25 / 38, 9 / 38, 4 / 38]), (1.0, [0.5, 0.3, 0.2])):
+        with make_temperature(model, temperature=t).on(model):
+            got = logits(model, model.batch(batch))[0][-1]
+        places = [TEXT_SINK, IMAGE_SINK, SEEN]
+        torch.testing.assert_close(got[places], torch.tensor(row), **CLOSE)
+    # c·log 5 = 1 at the fifth token: weights are squared, at the first they are what they are.
+    with make_temperature(model, temperature=1.0, log_n=1 / math.log(5)).on(model):
+        got = logits(model, model.batch(batch))[0]
+    torch.testing.assert_close(got[-1][places], torch.tensor([25, 9, 4]) / 38, **CLOSE)
+    torch.testing.assert_close(got[0][TEXT_SINK], torch.tensor(1.0), **CLOSE)
+
+
 def test_temperature_per_head() -> None:
     model = planted(["read", "read"])
     heads = ["0.1", "0.0"]
@@ -507,6 +592,29 @@ def test_log_n_follows_the_position(site: str) -> None:
 # Sink removal -------------------------------------------------------------------------------
 
 
+def test_sink_removal_by_hand() -> None:
+    # Rows 1 | 1 0 | 5/8 0 3/8 | .5 0 .3 .2 | .5 0 .3 .2 0: α of the first key is 3.625/5 = 0.725,
+    # of the third (3/8 + .3 + .3)/3 = 0.325, of the fourth 0.2.
+    model, batch = planted(["read"]), [PICTURE]
+    wanted = {
+        ("knockout", 0.5): ([0], [0, 0.6, 0.4]), ("drop", 0.5): ([0], [0, 0.3, 0.2]),
+        ("knockout", 0.32): ([0, 2], [0, 0, 1]), ("drop", 0.32): ([0, 2], [0, 0, 0.2]),
+        ("knockout", 0.33): ([0], [0, 0.6, 0.4]), ("drop", 0.73): (None, [0.5, 0.3, 0.2]),
+    }  # fmt: skip
+    for (op, epsilon), (sinks, row) in wanted.items():
+        if sinks is None:
+            with pytest.raises(InputError, match="no key receives"):
+                make_sink_removal(model, batch, epsilon=epsilon, queries=1, op=op)
+            continue
+        recipe = make_sink_removal(model, batch, epsilon=epsilon, queries=1, op=op)
+        assert recipe.notes["sinks"] == {"L0H0": [sinks]}
+        with recipe.on(model):
+            got = logits(model, model.batch(batch))[0]
+        places = [TEXT_SINK, IMAGE_SINK, SEEN]
+        torch.testing.assert_close(got[-1][places], torch.tensor(row, dtype=got.dtype), **CLOSE)
+        torch.testing.assert_close(got[0][TEXT_SINK], torch.tensor(1.0), **CLOSE)
+
+
 @pytest.mark.parametrize("op", ["knockout", "drop"])
 def test_sink_removal_rows_by_hand(op: str) -> None:
     model = planted(["read", "mute"])
@@ -544,6 +652,100 @@ def test_sink_removal_while_decoding() -> None:
         make_sink_removal(model, prompts)
 
 
+# Fitted -------------------------------------------------------------------------------------
+
+PLANTED = HeadId(1, 2)
+
+
+@pytest.fixture(scope="module")
+def classes() -> Model:
+    """A model that answers with the class that L1H2 copies; no other head knows it."""
+    zoo = planted_llama(norm="identity", n_kv_heads=4)
+    return load(zoo.hf, tokenizer=zoo.tokenizer)
+
+
+def test_iti_by_hand(classes: Model) -> None:
+    prompts = [p for p in class_prompts(8, per_class=12, length=9) if p.meta["class"] < 2]
+    labels = ",".join(str(p.meta["class"]) for p in prompts)
+    texts = {"labels": labels, "k": "1", "alpha": "3.0", "draws": "0"}
+    recipe = make_recipe("iti", classes, prompts, texts)
+    assert recipe.heads == (PLANTED,)
+    edit = recipe.edits[0]
+    # z is the one-hot of the class, so θ = (−1, 1)/√2 and z·θ = ±1/√2 on twelve prompts each.
+    theta = torch.zeros(1, 16, dtype=edit.tensors["vector"].dtype)
+    theta[0, 0], theta[0, 1] = -(0.5**0.5), 0.5**0.5
+    torch.testing.assert_close(edit.tensors["vector"], theta, rtol=0, atol=1e-6)
+    width = z_of(classes, prompts[0]).norm()
+    assert float(edit.strength[0]) == pytest.approx(3 * float(width) * (0.5 * 24 / 23) ** 0.5)
+    # The label may be a fact of the prompt, and the prompts a batch; the fit is that of `probes`.
+    marked = [replace(p, meta={"label": p.meta["class"]}) for p in prompts]
+    fitted = fit_iti(classes, prompts, [p.meta["class"] for p in prompts], k=1, alpha=3, draws=0)
+    for side in ("left", "right"):
+        again = make_iti(classes, classes.batch(marked, side=side), k=1, alpha=3, draws=0)
+        torch.testing.assert_close(again.edits[0].strength, fitted.edits[0].strength, **CLOSE)
+        assert str(again.edits[0]) == str(fitted.edits[0])
+    more: dict[str, Any] = {
+        "k": 2, "alpha": -2.0, "towards": 0, "groups": [i // 2 for i in range(24)],
+        "tuning": prompts[:7], "probe": "mean-difference", "folds": 3, "draws": 19,
+        "span": "all", "positions": Positions(prompt=(0,)), "seed": 3,
+    }  # fmt: skip
+    fitted = fit_iti(classes, prompts, [p.meta["class"] for p in prompts], **more)
+    again = make_iti(classes, marked, **more)
+    assert str(again.edits[0]) == str(fitted.edits[0])
+    for a, b in zip(again.edits, fitted.edits, strict=True):
+        assert torch.equal(a.strength, b.strength)
+        assert torch.equal(a.tensors["vector"], b.tensors["vector"])
+    assert {k: again.notes[k] for k in fitted.notes} == dict(fitted.notes)
+    # z + α·σ·θ at the last token decides the answer; α of the other sign gives the other.
+    batch = classes.batch(prompts)
+    for sign, said in ((1, 1), (-1, 0)):
+        with (sign * recipe).on(classes):
+            rows = classes.forward(batch.inputs()).logits[:, -1]
+        assert bool((rows.argmax(-1) == said).all())
+    with pytest.raises(InputError, match="need a label each"):
+        make_iti(classes, prompts, k=1)
+    with pytest.raises(InputError, match="takes values of Prompt"):
+        make_recipe("iti", classes, marked, {"tuning": "prompts.jsonl"})
+    with pytest.raises(InputError, match="takes values of Positions"):
+        make_recipe("iti", classes, marked, {"positions": "all"})
+
+
+@torch.no_grad()
+def z_of(model: Model, prompt: Prompt) -> Tensor:
+    """What the planted head carries at the last token, by a hook of torch alone."""
+    seen: list[Tensor] = []
+    hook = model.hf.model.layers[1].self_attn.o_proj.register_forward_pre_hook(
+        lambda m, a: seen.append(a[0][0, -1, 32:48])
+    )
+    model.hf(input_ids=torch.tensor([prompt.tokens]))
+    hook.remove()
+    return seen[0]
+
+
+def test_function_vector_by_hand(classes: Model) -> None:
+    shown = [p for p in class_prompts(8, per_class=4, length=9) if p.meta["class"] == 3]
+    others = [p for p in class_prompts(8, per_class=2, length=9, seed=4) if p.meta["class"] != 3]
+    corrupted = [replace(p, answer=(3,)) for p in others]
+    params = {"corrupted": corrupted, "top": "1", "layer": "1", "strength": "2.0"}
+    recipe = make_recipe("function-vector", classes, shown, params)
+    w_o = classes.hf.model.layers[1].self_attn.o_proj.weight.detach()[:, 32:48]
+    vector = recipe.edits[0].tensors["vector"][0]
+    torch.testing.assert_close(vector.float(), w_o @ z_of(classes, shown[0]), **CLOSE)
+    assert recipe.edits[0].strength == 2 and recipe.notes["params"]["layer"] == 1
+    assert list(recipe.notes["heads"]) == recipe.notes["claimed"] == [str(PLANTED)]
+    batch = classes.batch(others)
+    with recipe.on(classes):
+        rows = classes.forward(batch.inputs()).logits[:, -1]
+    assert bool((rows.argmax(-1) == 3).all())
+    plain = function_vector(classes, shown, corrupted, top=1, layer=1, strength=2.0, control=False)
+    quick = make_function_vector(
+        classes, shown, corrupted=corrupted, top=1, layer=1, strength=2.0, control=False
+    )
+    assert quick.notes["heads"] == plain.recipe.notes["heads"] and "claimed" not in quick.notes
+    with pytest.raises(InputError, match="do not show the task; got none"):
+        make_function_vector(classes, shown)
+
+
 # All ----------------------------------------------------------------------------------------
 
 
@@ -565,18 +767,38 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+FITTED: dict[str, dict[str, Any]] = {
+    "iti": {"labels": (0, 1, 1) * 4, "k": 3, "alpha": 4.0, "folds": 2, "draws": 0},
+    "function-vector": {"top": 3, "layer": 0, "strength": 3.0, "control": False},
+}
+"""Makers that look at other prompts than those that are run."""
+ALL = [*CASES, *FITTED]
+
+
+def made(name: str, model: Model, prompts: list[Prompt], side: str = "") -> Recipe:
+    """The recipe of a maker for some prompts; what it is fitted on as a batch, given a side."""
+    if name in CASES:
+        return make_recipe(name, model, prompts, CASES[name])
+    other: Any = random_prompts(8, range(6, 18))
+    other = model.batch(other, side=side) if side else other
+    if name == "function-vector":
+        wrong = [replace(p, answer=(5 + i,)) for i, p in enumerate(random_prompts(9))]
+        return make_recipe(name, model, other, {**FITTED[name], "corrupted": wrong})
+    return make_recipe(name, model, other, FITTED[name])
+
+
 def test_every_maker_has_a_case() -> None:
-    assert set(MAKERS) == set(CASES)
+    assert sorted(MAKERS) == sorted(ALL)
     for name in MAKERS:
         entry = MAKERS[name]
         assert entry.summary and "arXiv" in entry.citation and entry.make.__doc__
-        assert set(CASES[name]) <= set(entry.params)
+        assert set(CASES.get(name, FITTED.get(name, {}))) <= set(entry.params)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", ALL)
 def test_a_batch_is_as_each_prompt_alone(name: str, tmp_path: Any) -> None:
     model, prompts = handle("llama"), random_prompts(1)
-    recipe = make_recipe(name, model, prompts, CASES[name])
+    recipe = made(name, model, prompts)
     sides = [model.batch(prompts, side=side) for side in ("left", "right")]
     got = []
     for batch in sides:
@@ -587,7 +809,7 @@ def test_a_batch_is_as_each_prompt_alone(name: str, tmp_path: Any) -> None:
     for i, prompt in enumerate(prompts):
         alone = model.batch([prompt])
         try:
-            with make_recipe(name, model, [prompt], CASES[name]).on(model):
+            with made(name, model, [prompt]).on(model):
                 want = logits(model, alone)[0]
         except InputError:  # nothing was found on this prompt
             want = logits(model, alone)[0]
@@ -603,10 +825,10 @@ def test_a_batch_is_as_each_prompt_alone(name: str, tmp_path: Any) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", ALL)
 def test_generation_with_a_cache_is_as_without(name: str) -> None:
     model, prompts = handle("llama"), random_prompts(2)
-    recipe = make_recipe(name, model, prompts, CASES[name])
+    recipe = made(name, model, prompts)
     batch = model.batch(prompts, side="left")
     kw: dict[str, Any] = {
         "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0,
@@ -619,6 +841,95 @@ def test_generation_with_a_cache_is_as_without(name: str) -> None:
     torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), **LOOSE)
     assert float((a.logits[0] - plain.logits[0]).abs().max()) > 1e-3
     assert len(beams.sequences) == 3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_beams_of_a_batch_are_those_of_each_prompt_alone(name: str) -> None:
+    model, prompts = handle("llama"), random_prompts(2)
+    kw: dict[str, Any] = {
+        "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0,
+        "num_beams": 3, "length_penalty": 0.0,
+    }  # fmt: skip
+
+    def said(recipe: Recipe | None, some: list[Prompt]) -> list[list[int]]:
+        batch = model.batch(some, side="left")
+        with recipe.on(model) if recipe is not None else nullcontext():
+            return model.hf.generate(**batch.inputs(), **kw)[:, -5:].tolist()
+
+    together = said(made(name, model, prompts), prompts)
+    for prompt, mine in zip(prompts, together, strict=True):
+        try:
+            recipe = made(name, model, [prompt])
+        except InputError:
+            recipe = None
+        assert [mine] == said(recipe, [prompt])
+    assert together != said(None, prompts)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_padding_of_what_is_looked_at_does_not_matter(name: str) -> None:
+    model, prompts = handle("llama"), random_prompts(1)
+    if name in FITTED:
+        one, other = made(name, model, prompts, side="left"), made(name, model, prompts)
+    else:
+        one, other = (
+            make_recipe(name, model, model.batch(prompts, side=side), CASES[name])
+            for side in ("left", "right")
+        )
+    assert list(map(str, one.edits)) == list(map(str, other.edits))
+    for key in ("sinks", "visual", "chosen", "outliers"):
+        assert one.notes.get(key) == other.notes.get(key)
+    batch = model.batch(prompts, side="left")
+    got = []
+    for recipe in (one, other):
+        with recipe.on(model):
+            got.append(logits(model, batch))
+    for a, b in zip(*got, strict=True):
+        torch.testing.assert_close(a, b, **LOOSE)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_eager_and_sdpa_do_the_same(name: str) -> None:
+    fast, slow, prompts = handle("llama", "sdpa"), handle("llama", "eager"), random_prompts(4)
+    assert fast.hf.config._attn_implementation == "sdpa"
+    assert slow.hf.config._attn_implementation == "eager"
+    batch, out = fast.batch(prompts, side="left"), []
+    for model in (fast, slow):
+        recipe = made(name, model, prompts)
+        with recipe.on(model):
+            out.append((recipe, logits(model, batch)))
+        assert model.hf.config._attn_implementation == ("sdpa" if model is fast else "eager")
+    (a, x), (b, y) = out
+    assert list(map(str, a.edits)) == list(map(str, b.edits))
+    for key in ("sinks", "visual", "chosen", "outliers"):
+        assert a.notes.get(key) == b.notes.get(key)
+    plain = logits(fast, batch)
+    for i in range(3):
+        torch.testing.assert_close(x[i], y[i], rtol=1e-4, atol=1e-4)
+    assert max(float((x[i] - plain[i]).abs().max()) for i in range(3)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_float32(name: str, dtype: torch.dtype) -> None:
+    hf = fresh("llama").to(dtype)
+    half, exact = Model(hf, name="half"), Model(fresh("llama").to(dtype).float(), name="exact")
+    prompts = random_prompts(6)
+    recipe = made(name, half, prompts)
+    batch = half.batch(prompts, side="left")
+    with recipe.on(half):
+        got = logits(half, batch)
+        tokens = hf.generate(**batch.inputs(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert tokens.shape[1] == batch.input_ids.shape[1] + 3
+    with recipe.on(exact, force=True):
+        want = logits(exact, batch)
+    plain, before = logits(exact, batch), logits(half, batch)
+    for i in range(3):
+        assert got[i].dtype == dtype and bool(got[i].isfinite().all())
+        # As near as the model itself is without a recipe, within a factor.
+        near = float((before[i].float() - plain[i]).abs().max())
+        assert float((got[i].float() - want[i]).abs().max()) < 4 * near
+    assert max(float((want[i] - plain[i]).abs().max()) for i in range(3)) > 8 * near
 
 
 @pytest.mark.parametrize("name", ["var", "act", "sink-removal"])

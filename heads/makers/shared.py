@@ -44,7 +44,7 @@ def as_batch(model: "Model", inputs: Inputs) -> Batch:
         InputError: there are no prompts, or they are for an encoder and a decoder.
     """
     prompts = prompts_of(inputs)
-    return inputs if isinstance(inputs, Batch) else model.batch(prompts, side="left")
+    return inputs if isinstance(inputs, Batch) else model.batch(list(prompts), side="left")
 
 
 def prompts_of(inputs: Inputs) -> tuple[Prompt, ...]:
