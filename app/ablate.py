@@ -10,12 +10,12 @@ from app import actoptions as a
 from app import options as o
 from app.effects import write_effects
 from app.exits import UsageError, say
-from app.headset import HeadSet, parse
+from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
 from app.pairwork import PairWork, dry
 from app.steps import steps
-from app.subject import Subject, is_pairs, subject
+from app.subject import Subject, check_tower, is_pairs, subject
 from app.tables import Format, Part, Table, write
 
 if TYPE_CHECKING:
@@ -92,30 +92,24 @@ def ablate(
     if paired:
         work.check()
     if dry_run:
-        dry(work, paired=paired, format=format, quiet=quiet)
+        sets = 1 + controls if joint else None
+        dry(work, paired=paired, format=format, quiet=quiet, sets=sets)
         return
     loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
     keeping = Keeping(
         save, out, ["ablate", reference], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "sets" if joint else "ablate",
     )  # fmt: skip
     ids = chosen.of(loaded, tower=tower)
     if not quiet:
-        other_models(chosen, source.name)
+        chosen.say_models(source.name)
     if joint:
         answer = _together(work, keeping, loaded, ids, controls, paired)
-        _write_sets(answer, source.name, format, quiet)
+        write_sets(answer, source.name, format=format, top=top, quiet=quiet)
         return
     answer = work.run(keeping, loaded, ids) if paired else _alone(asked, keeping, loaded, ids)
-    write_effects(
-        answer, schema="headscope.ablate", value="effect", format=format, top=top, quiet=quiet
-    )
-
-
-def other_models(chosen: HeadSet, model: str) -> None:
-    """Say so where heads were found on another model than they are used on."""
-    for name in sorted(chosen.models - {model, ""}):
-        say(f"the heads of {chosen.text} were found on {name}, and are used on {model}")
+    write_effects(answer, schema="headscope.ablate", format=format, top=top, quiet=quiet)
 
 
 def _alone(asked: Subject, keeping: Keeping, model: "Model", ids: "list[HeadId]") -> Answer:
@@ -270,9 +264,10 @@ def _set_rows(
     return rows
 
 
-def _write_sets(answer: Answer, model: str, format: Format, quiet: bool) -> None:
+def write_sets(answer: Answer, model: str, *, format: Format, top: int | None, quiet: bool) -> None:
+    """Write what `ablate --joint` found: the chosen heads and the random sets."""
     facts = answer.facts
-    rows = list(facts["rows"])
+    rows = list(facts["rows"])[:top]
     title = f"ablated together: {facts['unit']} from {facts['base']:.4g}, {model}"
     hidden = frozenset({"accuracy"} if all(r["accuracy"] is None for r in rows) else ())
     folder = None if answer.folder is None else str(answer.folder)

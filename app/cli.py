@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = getattr(error, "format_message", None)
         if said is not None:  # typer's own, of whichever version: a mistake in the arguments
             command = getattr(getattr(error, "ctx", None), "command_path", "headscope")
-            if said():
+            if type(error).__name__ == "NoArgsIsHelpError":  # of a group: help, on several lines
+                print(said())
+            elif said():
                 say(said(), label="error", hint=f"{command} --help")
             return USAGE
         explain(error, debug=debug)

@@ -11,25 +11,28 @@ if TYPE_CHECKING:
     from interp.scores import HeadScores
 
 _FIRST = ("method", "head", "tower", "layer", "index")
+_LAST = ("exact",)
+"""Columns at the end: that beside which the others are judged."""
 
 
 def write_effects(
-    answer: Answer, *, schema: str, value: str, format: Format, top: int | None, quiet: bool
+    answer: Answer, *, schema: str, format: Format, top: int | None, quiet: bool
 ) -> None:
     """Write the tables of an answer, strongest heads first, further columns at the end.
 
     Args:
         answer: tables of scores, and facts; `notes` among them are said below each table.
-        schema: name of the JSON schema.
-        value: what the score is called, such as `effect`.
+        schema: name of the JSON schema; the score of a probe is a score, all others are effects.
         format: of the output.
         top: most heads of each table; all if None.
         quiet: say nothing on stderr.
     """
     tables = list(answer.tables.values())
+    value = "score" if schema == "headscope.probe" else "effect"
     tested = any(t.null_per_example is not None for t in tables)
     numbers = (value, "ci_lo", "ci_hi", "n", *(("null", "q", "verdict") if tested else ()))
-    extras = tuple(dict.fromkeys(name for t in tables for name in t.extras))
+    # In an order of their own: a saved table does not keep that in which they were made.
+    extras = sorted({name for t in tables for name in t.extras}, key=lambda x: (x in _LAST, x))
     notes = [str(x) for x in answer.facts.get("notes", ())]
     towers = {tower for t in tables for tower in t.towers}
     parts = [

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.exits import UsageError
+from app.exits import UsageError, say
 from interp.errors import HeadIdError, InputError, RunError, UnknownNameError
 from interp.headid import HeadId
 
@@ -81,6 +81,11 @@ class HeadSet:
                 raise UsageError(str(error), hint=error.hint) from error
             found |= dict.fromkeys(heads)
         return list(found)
+
+    def say_models(self, model: str) -> None:
+        """Say so where heads were found on another model than they are used on."""
+        for name in sorted(self.models - {model, ""}):
+            say(f"the heads of {self.text} were found on {name}, and are used on {model}")
 
     def layers(self) -> tuple[int, ...]:
         """The layers, for sites without heads.
@@ -148,15 +153,20 @@ class _Reading:
         name, _, count = how.partition(":")
         if name not in _CHOICES:
             raise UnknownNameError("choice of heads of a run", name, _CHOICES)
-        if (name == "top") != bool(count) or (count and not count.isdigit()) or not where:
+        if (name == "top") != bool(count) or not (count or "1").isdigit() or not where:
             raise UsageError(
                 f"heads of a run are top:N@RUN, claimed@RUN or causal@RUN; got {text!r}"
             )
+        if count and int(count) == 0:
+            raise UsageError(f"top:N@RUN needs N of at least 1; got {text!r}")
         folder, _, detector = where.partition("#")
         table, run = _table(Path(folder), detector)
         heads = _CHOICES[name](table, run, int(count or 0))
         if not heads:
-            raise InputError(f"{text} must name at least one head; {table.detector} has none there")
+            raise InputError(
+                f"{text} must name at least one head; {table.detector} has none there",
+                hint=f"the scores say: {table.message}" if table.message else None,
+            )
         self.items += heads
         self.kinds.add(table.granularity)
         self.models.add(str(table.provenance.get("model", "")))

@@ -41,6 +41,7 @@ class Keeping:
         model: name of the model, for the folder's name.
         command: the command line.
         quiet: say nothing.
+        view: how the answer is written, in this command and by `show`; see `app.views`.
     """
 
     save: bool
@@ -49,6 +50,7 @@ class Keeping:
     model: str
     command: str
     quiet: bool
+    view: str
 
 
 def kept(
@@ -82,7 +84,7 @@ def kept(
 
     folder = keeping.out or folder_for(keeping.names, keeping.model, key)
     info = {
-        "command": keeping.command, "model": keeping.model, "batches": 1,
+        "command": keeping.command, "model": keeping.model, "view": keeping.view, "batches": 1,
         "python": platform.python_version(), **about,
     }  # fmt: skip
     with Run.open_or_create(folder, key, info) as run:

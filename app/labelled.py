@@ -43,7 +43,7 @@ class Labelled:
         """
         if text is None:
             return None
-        known = {_word(x): x for x in self.labels}
+        known = {word(x): x for x in self.labels}
         if text not in known:
             raise PromptFileError(f"--towards must be a label; {text!r} is none of "
                                   f"{', '.join(sorted(known))}")  # fmt: skip
@@ -82,9 +82,9 @@ def read_labelled(path: Path) -> Labelled:
         labels.append(label)
         if "group" in marks:
             groups.append(str(marks["group"]))
-    if len({_word(x) for x in labels}) < 2:
+    if len({word(x) for x in labels}) < 2:
         raise PromptFileError(f"{name}: at least two labels are needed; got "
-                              f"{_word(labels[0]) if labels else 'none'}")  # fmt: skip
+                              f"{word(labels[0]) if labels else 'none'}")  # fmt: skip
     if groups and len(groups) != len(labels):
         raise PromptFileError(
             f"{name}: every line has a group or none has; {len(groups)} of {len(labels)} have one"
@@ -111,5 +111,6 @@ def _taken(row: bytes) -> tuple[bytes, dict[str, object]] | None:
     return json.dumps(content).encode(), marks
 
 
-def _word(label: Label) -> str:
+def word(label: Label) -> str:
+    """A label as a command line writes it."""
     return str(label).lower() if isinstance(label, bool) else str(label)

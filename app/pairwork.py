@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from app.exits import say
-from app.headset import HeadSet
+from app.headset import HeadSet, parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source, waiting
 from app.steps import steps
-from app.subject import Subject, check_pairs, usage
+from app.subject import Subject, check_pairs, check_tower, usage
 from app.tables import Format, Part, Table, write
 from interp.errors import InputError
 
@@ -110,15 +110,27 @@ def _some(
 def _notes(table: "HeadScores") -> list[str]:
     about = table.provenance
     notes = []
-    if about.get("clean") or about.get("corrupted"):
+    if about.get("clean") is not None and about.get("corrupted") is not None:
         notes.append(f"clean {about['clean']:.4g}, corrupted {about['corrupted']:.4g}")
+        if about["clean"] == about["corrupted"]:
+            notes.append("these are equal, so that no share of a difference is recovered")
     if "verified" in about:
         notes.append(str(about["verified"]))
     return notes
 
 
-def dry(work: PairWork, *, paired: bool, format: Format, quiet: bool) -> None:
-    """Write how much a request would run, without loading the weights of the model."""
+def dry(
+    work: PairWork, *, paired: bool, format: Format, quiet: bool, sets: int | None = None
+) -> None:
+    """Write how much a request would run, without loading the weights of the model.
+
+    Args:
+        work: the request.
+        paired: whether its prompts are pairs.
+        format: of the output.
+        quiet: say nothing on stderr.
+        sets: sets of heads that are run together; one run per head if None.
+    """
     from app.estimate import _COLUMNS, _outline, _row
 
     with waiting("counting", quiet=quiet):
@@ -129,19 +141,25 @@ def dry(work: PairWork, *, paired: bool, format: Format, quiet: bool) -> None:
             ]
         else:
             prompts = work.subject.prompts(model)[0]
-        config = model.text_config
-        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-        total = layers * int(getattr(config, "num_attention_heads", 0) or 0)
-        named = [x for x in (work.heads.items if work.heads else ()) if not hasattr(x, "last")]
-        heads = len(named) if named else total
+        kv = work.settings.get("site") in ("k", "v")
+        check_tower(model, work.subject.tower)
+        chosen = work.heads or parse(["all"])
+        heads = len(chosen.of(model, tower=work.subject.tower, kv=kv))
+    changed = heads if sets is None else sets
     counted, most = "counted", "at most: blocks before a head are not run again"
+    tokens = sum(map(len, prompts))
+    data = len(prompts) // (2 if paired else 1)
     rows = [
         _row("prompts", len(prompts), "", counted),
-        _row("tokens", sum(map(len, prompts)), "", counted),
+        _row("tokens", tokens, "", counted),
         _row("longest prompt", max(map(len, prompts)), "tokens", counted),
         _row("heads", heads, "", counted),
-        _row("runs of a prompt", (heads + 1) * len(prompts) // (2 if paired else 1), "", counted),
-        _row("tokens through the model", (heads + 1) * sum(map(len, prompts)), "", most),
+        *([] if sets is None else [_row("sets of heads", sets, "", counted)]),
+        # Of a pair both prompts are run as they are, and one of them with each change.
+        _row("runs of a prompt", len(prompts) + changed * data, "", counted),
+        _row(
+            "tokens through the model", tokens + changed * tokens * data // len(prompts), "", most
+        ),
     ]
     title = f"{work.method} on {work.source.name}; nothing was run"
     facts = {"model": work.source.name, "estimate": True}

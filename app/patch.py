@@ -7,7 +7,6 @@ import typer
 
 from app import actoptions as a
 from app import options as o
-from app.ablate import other_models
 from app.catalog import check
 from app.effects import write_effects
 from app.exits import UsageError
@@ -15,7 +14,7 @@ from app.headset import parse
 from app.keep import Keeping
 from app.loading import Source
 from app.pairwork import PairWork, dry
-from app.subject import subject
+from app.subject import check_tower, subject
 from app.tables import Format
 
 DEFAULT_MODEL, DEFAULT_TASK = "zoo:planted-ioi", "ioi"
@@ -72,17 +71,16 @@ def patch(
         dry(work, paired=True, format=format, quiet=quiet)
         return
     loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
     ids = chosen.of(loaded, tower=tower, kv=site in ("k", "v")) if chosen else None
     if chosen is not None and not quiet:
-        other_models(chosen, source.name)
+        chosen.say_models(source.name)
     keeping = Keeping(
         save, out, [f"patch.{direction}"], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "patch",
     )  # fmt: skip
     answer = work.run(keeping, loaded, ids)
-    write_effects(
-        answer, schema="headscope.patch", value="effect", format=format, top=top, quiet=quiet
-    )
+    write_effects(answer, schema="headscope.patch", format=format, top=top, quiet=quiet)
 
 
 def attribute(
@@ -125,11 +123,10 @@ def attribute(
     work = PairWork(source, asked, None, method, metric, asked.params.get(method, {}))
     work.check()
     loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
     keeping = Keeping(
         save, out, ["attribute", method], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "attribute",
     )  # fmt: skip
-    write_effects(
-        work.run(keeping, loaded), schema="headscope.attribute", value="effect", format=format,
-        top=top, quiet=quiet,
-    )  # fmt: skip
+    answer = work.run(keeping, loaded)
+    write_effects(answer, schema="headscope.attribute", format=format, top=top, quiet=quiet)

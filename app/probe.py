@@ -14,6 +14,7 @@ from app.keep import Answer, Keeping, digest, kept, key_of
 from app.labelled import read_labelled
 from app.loading import Source
 from app.steps import steps
+from app.subject import check_tower, usage
 from app.tables import Format
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ Span = Annotated[
     str | None, typer.Option(help="Span whose mean is read; the last token if absent.")
 ]
 Folds = Annotated[int, typer.Option(min=2, help="Parts of the cross-validation.")]
-Draws = Annotated[int, typer.Option(min=0, help="Permutations of the labels, for the null.")]
+Draws = Annotated[
+    int, typer.Option(min=0, help="Permutations of the labels, for the null; 0 tests nothing.")
+]
+_LEAST_DRAWS = 19
+"""Permutations that a test at level 0.05 takes."""
 
 
 def probe(
@@ -58,11 +63,13 @@ def probe(
     is claimed if it beats what the best head reaches with permuted labels.
     """
     check("probe", kind)
+    check_draws(draws)
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     source.check()
     data = read_labelled(prompts)
     fitter = probe_of(kind, param or ())
     loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
     from interp.promptfile import to_prompts
 
     made = to_prompts(data.lines, loaded)
@@ -91,12 +98,20 @@ def probe(
 
     keeping = Keeping(
         save, out, ["probe", kind], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "probe",
     )  # fmt: skip
-    write_effects(
-        kept(keeping, key, compute, task=prompts.stem, seed=seed), schema="headscope.probe",
-        value="score", format=format, top=top, quiet=quiet,
-    )  # fmt: skip
+    answer = kept(keeping, key, compute, task=prompts.stem, seed=seed)
+    write_effects(answer, schema="headscope.probe", format=format, top=top, quiet=quiet)
+
+
+def check_draws(draws: int) -> None:
+    """Refuse so few permutations that nothing could be claimed.
+
+    Raises:
+        UsageError: fewer than a test takes, and not none.
+    """
+    if 0 < draws < _LEAST_DRAWS:
+        raise UsageError(f"--draws must be at least {_LEAST_DRAWS}, or 0 for no test; got {draws}")
 
 
 def probe_of(kind: str, texts: "list[str] | tuple[()]") -> "Probe":
@@ -108,7 +123,6 @@ def probe_of(kind: str, texts: "list[str] | tuple[()]") -> "Probe":
     """
     from dataclasses import fields
 
-    from app.subject import usage
     from interp.errors import InputError, UnknownNameError
     from interp.tasks import read_like
     from probes.probe import PROBES

@@ -26,12 +26,18 @@ def show(
     format: o.Formatted = Format.auto,
     debug: o.Debug = False,
 ) -> None:
-    """Show the scores of a saved run."""
+    """Show a saved run, as the command wrote it that made it.
+
+    With --detector one of its tables of scores.
+    """
     from app.headtable import head_table
+    from app.views import show_run
 
     scores, opened = _tables(run)
     if detector is not None:
         scores = {detector: _chosen(scores, detector)}
+    elif opened is not None and show_run(opened, format=format, top=top):
+        return
     write(head_table(scores, run=opened, top=top), format)
 
 
@@ -40,7 +46,8 @@ def compare(
     other: o.Folder,
     detector: Detector = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="Size of the top sets; a tenth of the heads if absent")
+        int | None,
+        typer.Option(min=1, help="Size of the top sets; a tenth of the heads if absent."),
     ] = None,
     format: o.Formatted = Format.auto,
     debug: o.Debug = False,
@@ -116,6 +123,11 @@ def _tables(place: Path) -> "tuple[dict[str, HeadScores], Run | None]":
 
     path = find(place)
     if path.is_file():
+        if _is_recipe(path):
+            raise UsageError(
+                f"a run, or a file of scores, is needed; {path} is a recipe",
+                hint=f"headscope steer show {path}",
+            )
         table = HeadScores.load(path)
         return {table.detector: table}, None
     run = Run.load(path)
@@ -127,6 +139,16 @@ def _tables(place: Path) -> "tuple[dict[str, HeadScores], Run | None]":
             hint=f"go on with: {run.info.get('command', 'the command that began it')}",
         )
     return run.scores, run
+
+
+def _is_recipe(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return "headscope.recipe" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _chosen(scores: "dict[str, HeadScores]", detector: str) -> "HeadScores":

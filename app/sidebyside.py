@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from interp.model import Model
     from interp.recipe import Recipe
 
-COLUMNS = ("id", "prompt", "without", "with", "same", "answer")
 SHOWN = 60
 """Characters of the end of a prompt that are shown."""
 Show = Callable[[str], None]
@@ -45,7 +44,7 @@ def rows_of(
     model: "Model", prompts: Sequence[Prompt], plain: Sequence[Sequence[int]],
     steered: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of `COLUMNS`."""
+    """A row for each prompt: its end, both continuations, and the answer."""
     return [
         {
             "id": p.id or str(i), "prompt": ending(model, p), "without": text_of(model, a),

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from interp.model import Model
     from interp.recipe import Recipe
 
-COLUMNS = ("measure", "without", "with", "change", "control_change", "n")
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -157,7 +155,7 @@ def report(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of `COLUMNS`, and notes on what could not be measured.
+    """A row for each measure, and notes on what could not be measured.
 
     Args:
         model: the model.

@@ -1,5 +1,6 @@
 """`headscope steer`: change what heads do while the model answers."""
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ import typer
 from app import actoptions as a
 from app import options as o
 from app import steering as s
-from app.exits import UsageError, say
-from app.keep import Answer, Keeping, kept, key_of
+from app.exits import UsageError
+from app.keep import Answer, Keeping, digest, kept, key_of
 from app.loading import Source
+from app.steered import write_steered, write_sweep
 from app.steps import steps
 from app.subject import Subject, subject
-from app.tables import Format, Part, Table, write
+from app.tables import Format
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -30,6 +32,7 @@ Neutral = Annotated[
     typer.Option("--neutral", help="Prompt file of neutral text; task text if absent."),
 ]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of neutral text.")]
+_STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 def run(
@@ -81,9 +84,12 @@ def run(
     loaded = source.load(quiet=quiet)
     made = s.for_any(plan.recipe(loaded), force=force)
     data = _texts(loaded, prompt) if prompt else asked.prompts(loaded)[0]
+    text = neutral_text(loaded, lines, windows, seed)
+    if plan.heads is not None and not quiet:
+        plan.heads.say_models(source.name)
     key = key_of(
-        loaded, "steer.run", **asked.key(data), **plan.about(), tokens=tokens, windows=windows,
-        controls=controls, neutral=None if lines is None else str(lines),
+        loaded, "steer.run", **asked.key(data), **plan.about(made), tokens=tokens,
+        controls=controls, neutral=digest(text),
     )  # fmt: skip
     live = format is Format.auto and sys.stdout.isatty() and plan.op != "contrast"
 
@@ -102,8 +108,8 @@ def run(
                 )  # fmt: skip
         with steps("runs", quiet=quiet) as told:
             effects, notes = report(
-                loaded, made, data, neutral_text(loaded, lines, windows, seed),
-                controls=controls, seed=seed, batch_size=batch_size, progress=told,
+                loaded, made, data, text, controls=controls, seed=seed, batch_size=batch_size,
+                progress=told,
             )  # fmt: skip
         facts = {
             "rows": rows_of(loaded, data, plain, steered),
@@ -115,12 +121,14 @@ def run(
 
     keeping = Keeping(
         save, out, ["steer", plan.name], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "steer",
     )  # fmt: skip
     answer = kept(keeping, key, compute, task=asked.name, seed=seed)
-    if answer.folder is not None and not answer.old:
-        made.save(answer.folder / "recipe.safetensors")
-    _write(answer, source.name, format, quiet, drawn=live and not answer.old)
+    if answer.folder is not None and not (answer.folder / s.RECIPE).exists():
+        made.save(answer.folder / s.RECIPE)
+    write_steered(
+        answer, source.name, format=format, top=None, quiet=quiet, drawn=live and not answer.old
+    )
 
 
 def _asked(
@@ -164,46 +172,18 @@ def neutral_text(model: "Model", lines: Any, windows: int, seed: int) -> "list[P
     return neutral(model, n=windows, seed=seed)
 
 
-def _write(answer: Answer, model: str, format: Format, quiet: bool, *, drawn: bool) -> None:
-    from app.sidebyside import COLUMNS
-    from app.sideeffects import COLUMNS as EFFECTS
-
-    facts = answer.facts
-    folder = None if answer.folder is None else str(answer.folder)
-    title = f"steered: {'; '.join(facts['recipe'])}; {model}"
-    rows = list(facts["rows"])
-    changed = frozenset(i for i, row in enumerate(rows) if not row["same"])
-    hidden = frozenset({"answer"} if all(r["answer"] is None for r in rows) else ())
-    table = Table("headscope.steer", COLUMNS, [Part(title, rows, changed)],
-                  {"run": folder, "model": model, **facts}, hidden, limit=None)  # fmt: skip
-    shown = drawn or write(table, format)
-    side = Part("side effects", list(facts["side_effects"]), note="; ".join(facts["notes"]))
-    if shown:
-        write(Table("headscope.steer.effects", EFFECTS, [side], limit=None), Format.table)
-    elif not quiet:
-        say_effects(title, facts)
-
-
-def say_effects(title: str, facts: Any) -> None:
-    """The side effects as lines on stderr, for those who read data in a pipe."""
-    say(title)
-    for row in facts["side_effects"]:
-        control = row["control_change"]
-        against = "" if control is None else f"; random heads {control:+.3g}"
-        say(f"{row['measure']}: {row['without']:.4g} -> {row['with']:.4g} "
-            f"({row['change']:+.3g}{against}, n = {row['n']})")  # fmt: skip
-    for note in facts["notes"]:
-        say(note)
-
-
 def sweep(
     context: typer.Context,
     recipe: s.RecipeFile = None,
     op: s.Op = None,
     heads: a.Heads = None,
     strengths: Annotated[
-        str, typer.Option(help="Numbers with commas: strengths of --op, factors on a RECIPE.")
-    ] = "0,0.5,1,2,4",
+        str | None,
+        typer.Option(
+            help="Numbers with commas: strengths of --op, factors on a RECIPE; of 0,0.5,1,2,4 "
+            "those that fit if absent."
+        ),
+    ] = None,
     site: s.Site = "",
     at: s.At = "all",
     keys: s.Keys = "all",
@@ -233,16 +213,20 @@ def sweep(
     """Measure a recipe at several strengths: effect on answers, side effects, random controls."""
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     asked = _asked(None, prompts, task, param, n, batch_size, seed)
-    values = _numbers(strengths)
+    values = None if strengths is None else _numbers(strengths)
     plan = s.wanted(recipe, op=op, heads=heads, strength=None, site=site, at=at, keys=keys)
+    values = plan.fitting(_STRENGTHS) if values is None else values
     lines = neutral_lines(neutral)
     source.check()
     loaded = source.load(quiet=quiet)
     made = [s.for_any(plan.recipe(loaded, x), force=force) for x in values]
     data = asked.prompts(loaded)[0]
+    text = neutral_text(loaded, lines, windows, seed)
+    if plan.heads is not None and not quiet:
+        plan.heads.say_models(source.name)
     key = key_of(
-        loaded, "steer.sweep", **asked.key(data), **plan.about(), strengths=values,
-        windows=windows, controls=controls, neutral=None if lines is None else str(lines),
+        loaded, "steer.sweep", **asked.key(data), **plan.about(plan.recipe(loaded, values[-1])),
+        strengths=values, controls=controls, neutral=digest(text),
     )  # fmt: skip
 
     def compute() -> Answer:
@@ -250,7 +234,6 @@ def sweep(
 
         rows: list[dict[str, Any]] = []
         notes: dict[str, None] = {}
-        text = neutral_text(loaded, lines, windows, seed)
         with steps("strengths", quiet=quiet) as told:
             for i, (x, one) in enumerate(zip(values, made, strict=True)):
                 effects, said = report(
@@ -259,37 +242,22 @@ def sweep(
                 rows += [{"strength": x, **row} for row in effects]
                 notes |= dict.fromkeys(said)
                 told(i + 1, len(values))
-        return Answer({}, {"rows": rows, "notes": list(notes), "recipe": str(made[-1])})
+        return Answer({}, {"rows": rows, "notes": list(notes), "name": plan.name,
+                           "recipe": str(made[-1]).splitlines()})  # fmt: skip
 
     keeping = Keeping(
         save, out, ["steer-sweep", plan.name], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "sweep",
     )  # fmt: skip
     answer = kept(keeping, key, compute, task=asked.name, seed=seed)
-    _write_sweep(answer, f"{plan.name} at several strengths: {source.name}", format, quiet)
-
-
-def _write_sweep(answer: Answer, title: str, format: Format, quiet: bool) -> None:
-    from app.sideeffects import COLUMNS
-
-    folder = None if answer.folder is None else str(answer.folder)
-    names = list(dict.fromkeys(row["measure"] for row in answer.facts["rows"]))
-    parts = [
-        Part(f"{title}: {name}", [r for r in answer.facts["rows"] if r["measure"] == name])
-        for name in names
-    ]
-    made = Table(
-        "headscope.steer.sweep", ("strength", *COLUMNS), parts, {"run": folder, **answer.facts},
-        frozenset({"measure"}), limit=None,
-    )  # fmt: skip
-    write(made, format)
-    if not quiet:
-        for note in answer.facts["notes"]:
-            say(note)
+    write_sweep(answer, source.name, format=format, top=None, quiet=quiet)
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(x) for x in text.split(",")]
+        found = [float(x) for x in text.split(",")]
     except ValueError:
-        raise UsageError(f"--strengths must be numbers with commas; got {text!r}") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)) or len(set(found)) != len(found):
+        raise UsageError(f"--strengths must be different numbers with commas; got {text!r}")
+    return found

@@ -1,5 +1,6 @@
 """`headscope steer fit`, `bake` and `show`: recipe files made, folded into weights, explained."""
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +10,11 @@ from app import actoptions as a
 from app import options as o
 from app.exits import UsageError, say
 from app.headset import parse
-from app.labelled import read_labelled
+from app.labelled import read_labelled, word
 from app.loading import Source, waiting
-from app.probe import Draws, Folds, Kind, Span
+from app.probe import Draws, Folds, Kind, Span, check_draws
 from app.steering import for_any, load_recipe
+from app.subject import check_tower
 from app.tables import Format, Part, Table, write
 from interp.errors import InputError, UnknownNameError
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from interp.recipe import Recipe
 
 METHODS = ("iti", "mean-difference")
-File = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+File = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run of steer run.")
+]
 
 
 def fit(
@@ -62,6 +66,7 @@ def fit(
     if method not in METHODS:
         raise UnknownNameError("way to fit a recipe", method, METHODS)
     check("probe", kind)
+    check_draws(draws)
     if heads and method == "iti":
         raise UsageError("iti chooses its heads by probing; --heads goes with mean-difference")
     chosen = parse(heads) if heads else None
@@ -70,6 +75,7 @@ def fit(
     data = read_labelled(prompts)
     target = data.towards(towards)
     loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
     from interp.promptfile import to_prompts
     from probes import fit_iti, fit_mean_difference
 
@@ -90,7 +96,9 @@ def fit(
     path = recipe.save(out)
     _write_heads(recipe, f"{method}: {source.name}", str(path), format)
     if not quiet:
-        say(f"saved: {path}; towards {recipe.notes['towards']}, away from {recipe.notes['away']}")
+        words = {str(label): word(label) for label in data.labels}
+        towards, away = (words.get(str(recipe.notes[x]), "?") for x in ("towards", "away"))
+        say(f"saved: {path}; towards {towards}, away from {away}")
 
 
 def _write_heads(recipe: "Recipe", title: str, path: str, format: Format) -> None:
@@ -125,6 +133,7 @@ def bake(
     recipe: File,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new model.")],
     model: o.Model = o.DEFAULT_MODEL,
+    format: o.Formatted = Format.auto,
     force: a.Force = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -154,15 +163,37 @@ def bake(
             why = "its class has no such bias" if "no bias" in str(error) else error.hint
             raise InputError(str(error), hint=why) from error
         worst = _difference(loaded, baked, made)
-        saved: Any = baked.hf
-        saved.save_pretrained(out)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(out)
+        _save_whole(baked, out)
     rows = [{"model": source.name, "recipe": str(recipe), "folder": str(out), "difference": worst}]
     columns = ("model", "recipe", "folder", "difference")
-    write(Table("headscope.steer.bake", columns, [Part("baked", rows)], limit=None), Format.auto)
+    write(Table("headscope.steer.bake", columns, [Part("baked", rows)], limit=None), format)
     if not quiet:
         say(f"saved: {out}; its logits differ from those of the steered model by {worst:.2g}")
+
+
+def _save_whole(model: Any, out: Path) -> None:
+    """Save a model so that its folder is seen whole or not at all."""
+    import shutil
+    import tempfile
+
+    from interp.files import disk_errors
+
+    with disk_errors(out, "write"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        try:
+            made.chmod(0o755)
+            model.hf.save_pretrained(made)
+            for part in (model.tokenizer, model.processor):
+                if part is not None:
+                    part.save_pretrained(made)
+            made.replace(out)  # over an empty folder too
+        except BaseException as error:
+            shutil.rmtree(made, ignore_errors=True)
+            # The library that writes weights has an error of its own for a full disk.
+            if type(error).__name__ == "SafetensorError":
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
 
 
 def _difference(model: Any, baked: Any, recipe: "Recipe") -> float:

@@ -1,5 +1,6 @@
 """A recipe as a command line means it: a file, or an op with heads, strength and positions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.exits import UsageError
+from app.folders import base
 from app.headset import HeadSet, parse
 from app.subject import usage
 from interp.errors import InputError, RunError, UnknownNameError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from interp.recipe import Positions, Recipe
 
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file; or give --op.")
+    Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file or run; or give --op.")
 ]
 Op = Annotated[str | None, typer.Option(help="Operation: zero, scale, temperature, knockout, …")]
 Strength = Annotated[
@@ -29,6 +31,10 @@ At = Annotated[
     typer.Option(help="Where: all, prompt, generated, last, span:NAME, 3:9; several with commas."),
 ]
 Keys = Annotated[str, typer.Option(help="Keys of an op on attention, in the same words as --at.")]
+
+
+RECIPE = "recipe.safetensors"
+"""Name of the recipe in a run of `steer run`."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +76,15 @@ class Wanted:
         from interp.recipe import Edit, Recipe
         from interp.recipe.ops import OPS
 
-        op = OPS[self.op]
-        if op.tensors and not op.optional:
-            raise UsageError(
-                f"op {self.op!r} needs tensors ({', '.join(op.tensors)}), which no option holds",
-                hint="headscope steer fit makes recipes with vectors; or save one from Python",
-            )
         try:
-            where = self._where(model, self.site or op.sites[0])
+            where = self._where(model, self.site or OPS[self.op].sites[0])
             return Recipe((Edit(self.op, where, strength=s, site=self.site),))
         except InputError as error:
             raise usage(error) from error
 
     def _where(self, model: "Model", site: str) -> Any:
         from interp.recipe import Where
-        from interp.recipe.ops import ATTENTION_SITES, LAYER_SITES
+        from interp.recipe.ops import LAYER_SITES
 
         at, keys = positions(self.at), positions(self.keys)
         assert self.heads is not None
@@ -94,17 +94,21 @@ class Wanted:
         chosen = tuple(self.heads.of(model, kv=site in ("k", "v")))
         if site in ("k", "v"):
             return Where(heads=chosen, keys=at)
-        if site in ATTENTION_SITES:
-            return Where(heads=chosen, queries=at, keys=keys)
         return Where(heads=chosen, queries=at, keys=keys)
 
-    def about(self) -> dict[str, Any]:
-        """What a run's key holds of it."""
-        return {
-            "recipe": None if self.file is None else self.file.hash, "op": self.op,
-            "heads": "" if self.heads is None else self.heads.text, "strength": self.strength,
-            "site": self.site, "at": self.at, "keys": self.keys,
-        }  # fmt: skip
+    def fitting(self, strengths: Sequence[float]) -> list[float]:
+        """Those of some strengths that the op takes; a file takes any factor here."""
+        if self.file is not None:
+            return list(strengths)
+        import torch
+
+        from interp.recipe.ops import OPS
+
+        return [x for x in strengths if not OPS[self.op].refuses(torch.tensor(x))]
+
+    def about(self, made: "Recipe") -> dict[str, Any]:
+        """What a run's key holds of it: the recipe as it was made, with its heads and positions."""
+        return {"recipe": made.hash, "op": self.op}
 
 
 def wanted(
@@ -131,15 +135,29 @@ def wanted(
             hint="such as --op zero --heads claimed@RUN",
         )
     positions(at), positions(keys)
+    if strength is not None and not math.isfinite(strength):
+        raise UsageError(f"--strength must be a finite number; got {strength}")
     if recipe is not None:
         for name, value in {"--heads": heads, "--site": site}.items():
             if value:
                 raise UsageError(f"{name} goes with --op; a recipe says it itself")
         return Wanted(load_recipe(recipe), "", None, strength, "", at, keys, recipe.stem)
-    from interp.recipe.ops import OPS, SITES
+    from interp.recipe.ops import OPS, SITES, AttentionOp
 
     assert op is not None
-    OPS[op]
+    known = OPS[op]
+    if known.tensors:
+        raise UsageError(
+            f"op {op!r} needs tensors ({', '.join(known.tensors)}), which no option holds",
+            hint="headscope steer fit makes recipes with vectors; or save one from Python",
+        )
+    if keys != "all" and not isinstance(known, AttentionOp):
+        raise UsageError(f"--keys goes with ops on attention; positions of {op!r} are --at")
+    if isinstance(known, AttentionOp) and known.keys == "needed" and keys == "all":
+        raise UsageError(
+            f"op {op!r} is about some of the keys; got all of them",
+            hint="name them with --keys, such as --keys span:needle or --keys 0:1",
+        )
     if site and site not in SITES:
         raise UnknownNameError("site", site, SITES)
     if not heads:
@@ -148,17 +166,20 @@ def wanted(
 
 
 def load_recipe(path: Path) -> "Recipe":
-    """A recipe from its file.
+    """A recipe from its file, or that of a run of `steer run`.
 
     Raises:
         RunError: there is none, or it cannot be read.
     """
     from interp.recipe import Recipe
 
+    for run in (path, base() / path):
+        if (run / RECIPE).is_file():
+            return Recipe.load(run / RECIPE)
     if not path.is_file():
-        raise RunError(f"there is no recipe {path}", hint="headscope steer fit makes one") from (
-            FileNotFoundError(str(path))
-        )
+        raise RunError(
+            f"there is no recipe {path}", hint="headscope steer fit and steer run make one"
+        ) from (FileNotFoundError(str(path)))
     return Recipe.load(path)
 
 
@@ -198,4 +219,8 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
 
 def for_any(recipe: "Recipe", *, force: bool) -> "Recipe":
     """The recipe, bound to no model if it is forced."""
-    return replace(recipe, fingerprint=None) if force else recipe
+    if not force:
+        return recipe
+    # A second run of contrast is bound by itself.
+    edits = [replace(e, twin=e.twin and for_any(e.twin, force=True)) for e in recipe.edits]
+    return replace(recipe, edits=tuple(edits), fingerprint=None)

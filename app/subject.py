@@ -151,6 +151,16 @@ def check_pairs(task: str) -> None:
         )
 
 
+def check_tower(model: "Model", tower: str | None) -> None:
+    """Refuse a tower that the model does not have.
+
+    Raises:
+        UnknownNameError: the model has no such tower.
+    """
+    if tower is not None and tower not in model.towers:
+        raise UnknownNameError(f"tower of {model.name}", tower, model.towers)
+
+
 def is_pairs(task: str) -> bool:
     """Whether a task makes pairs."""
     from interp.tasks import TASKS

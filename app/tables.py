@@ -163,7 +163,9 @@ def _draw(console: Any, table: Table, part: Part) -> None:
     from rich.text import Text
 
     shown = [c for c in table.columns if c not in table.hidden]
-    drawn = Drawn(box=box.SIMPLE_HEAD, title=Text(part.title), title_justify="left", expand=False)
+    # Above the table, not in it: its width is that of the columns, and the title would be broken.
+    console.print(Text(part.title, style="italic"), soft_wrap=True)
+    drawn = Drawn(box=box.SIMPLE_HEAD, expand=False)
     for name in shown:
         numeric = all(isinstance(row.get(name), int | float | None) for row in part.rows)
         drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")

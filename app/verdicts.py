@@ -1,5 +1,6 @@
 """`headscope verdict`: do the heads that a detector claims matter?"""
 
+import hashlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,20 +12,21 @@ from app import options as o
 from app import params
 from app.catalog import check
 from app.exits import UsageError, say
+from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
 from app.steps import steps
-from app.subject import Subject, subject
+from app.subject import Subject, check_tower, subject
 from app.tables import Format, Part, Table, write
 
 if TYPE_CHECKING:
-    from heads.verdict import Verdict
+    from heads.verdicts import Verdict
     from interp.model import Model
     from interp.scores import HeadScores
 
 _COLUMNS = (
     "head", "verdict", "score", "null", "effect", "ci_lo", "ci_hi", "control", "q", "accuracy",
-    "control_accuracy",
+    "control_accuracy", "controls", "as_harmful",
 )  # fmt: skip
 _OPS = ("zero", "uniform")
 
@@ -34,6 +36,7 @@ def verdict(
     detector: Annotated[
         str, typer.Argument(metavar="DETECTOR", help="What the heads do; see list detectors.")
     ],
+    heads: a.Heads = None,
     model: o.Model = o.DEFAULT_MODEL,
     task: a.Task = None,
     prompts: a.Prompts = None,
@@ -41,8 +44,8 @@ def verdict(
     controls: Annotated[int, typer.Option(min=1, help="Draws of random matched heads.")] = 5,
     op: Annotated[str, typer.Option(help="Ablation: zero, or uniform attention.")] = "zero",
     least: Annotated[
-        float, typer.Option(min=0, help="Effect in nats below which a head is not causal.")
-    ] = 0.01,
+        float, typer.Option(min=0, help="Effect in nats below which ablation is harmless.")
+    ] = 0.1,
     fdr: Annotated[float, typer.Option(min=0, max=1, help="False discovery rate.")] = 0.05,
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Run whose scores are used, instead of scoring.")
@@ -53,6 +56,7 @@ def verdict(
     n: a.N = 20,
     batch_size: a.BatchSize = 4,
     seed: a.Seed = 0,
+    tower: a.Tower = None,
     param: a.Param = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -65,49 +69,56 @@ def verdict(
 ) -> None:
     """Say of each head that a detector claims whether it matters.
 
-    Each claimed head, and all of them together, are ablated beside random heads of the same layers:
-    causal, redundant, correlated only; or no evidence where nothing is claimed.
+    Each claimed head, or each of --heads, and the claimed ones together, are ablated beside random
+    heads of the same layers: causal, redundant, correlated only; or no evidence where a head is not
+    claimed.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     check("detector", detector)
     if op not in _OPS:
         raise UsageError(f"--op of a verdict must be zero or uniform; got {op!r}")
     asked = subject(
-        task, prompts, param=param, detector=detector, n=n, batch_size=batch_size, seed=seed
-    )
+        task, prompts, param=param, detector=detector, n=n, batch_size=batch_size, seed=seed,
+        tower=tower,
+    )  # fmt: skip
+    chosen = parse(heads) if heads else None
     source.check()
     made_earlier = None if scores is None else _scores(scores, detector)
     settings = {
         "most": most, "controls": controls, "op": op, "least": least, "fdr": fdr,
-        "scores": None if made_earlier is None else made_earlier.provenance.get("content")
-        or str(scores),
+        "scores": None if made_earlier is None else _content(made_earlier),
     }  # fmt: skip
     loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
+    ids = None if chosen is None else chosen.of(loaded, tower=tower)
+    if chosen is not None and not quiet:
+        chosen.say_models(source.name)
     [judge] = params.detectors_of([detector], asked.params)
     own = asked.prompts(loaded)[0] if prompts is not None else None
     made = None if prompts is not None else params.task_of(task, [judge], asked.params)
     key = key_of(
         loaded, "verdict", detector=detector, detector_params=judge.params, settings=settings,
+        heads=None if ids is None else [str(h) for h in ids],
         **(asked.key(own or ()) | {"task": _task_name(asked, judge.task)}),
     )  # fmt: skip
     keeping = Keeping(
         save, out, ["verdict", detector], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        shlex.join(["headscope", *(context.obj or ())]), quiet, "verdict",
     )  # fmt: skip
 
     def compute() -> Answer:
-        from heads.verdict import verdict as judged
+        from heads.verdicts import verdict as judged
 
         with steps("runs", quiet=quiet) as report:
             found = judged(
-                loaded, made, judge, prompts=own, scores=made_earlier, n=n, most=most,
+                loaded, made, judge, prompts=own, scores=made_earlier, heads=ids, n=n, most=most,
                 controls=controls, op=op, least=least, fdr=fdr, batch_size=batch_size, seed=seed,
                 progress=report,
             )  # fmt: skip
         return _answer(found, loaded, op)
 
     answer = kept(keeping, key, compute, first=detector, seed=seed, task=key["task"])
-    _write(answer, detector, source.name, format, quiet)
+    write_verdict(answer, source.name, format=format, top=None, quiet=quiet)
 
 
 def _task_name(asked: Subject, own: str) -> str:
@@ -118,6 +129,12 @@ def _scores(place: Path, detector: str) -> "HeadScores":
     from app.saved import _chosen, _tables
 
     return _chosen(_tables(place)[0], detector)
+
+
+def _content(table: "HeadScores") -> str:
+    from interp.scoreio import encode
+
+    return hashlib.sha256(encode(table)).hexdigest()[:16]
 
 
 def _answer(found: "Verdict", model: "Model", op: str) -> Answer:
@@ -135,6 +152,7 @@ def _answer(found: "Verdict", model: "Model", op: str) -> Answer:
         "log_prob": float(found.base.log_prob.mean()),
         "rows": found.rows(),
         "sentences": [line.strip() for line in sentences],
+        "message": found.message,
         "note": found.note,
         "params": dict(found.params),
     }
@@ -147,14 +165,13 @@ def _effects(found: "Verdict", model: "Model", op: str) -> "HeadScores":
 
     from interp.scores import HeadScores
 
-    effects = [h.effect for h in found.heads if h.effect is not None]
-    n = len(found.base.log_prob)
+    effects = [h.effect for h in found.heads]
     return HeadScores(
         detector=f"verdict.{op}",
         heads=tuple(h.head for h in found.heads),
         per_example=np.stack([e.per_example for e in effects], axis=1),
         null_per_example=np.stack([e.control for e in effects], axis=1),
-        examples=tuple(f"example-{i}" for i in range(n)),
+        examples=found.examples,
         unit="change of log-probability (nats)",
         direction="lower",
         params=dict(found.params),
@@ -163,17 +180,22 @@ def _effects(found: "Verdict", model: "Model", op: str) -> "HeadScores":
     )
 
 
-def _write(answer: Answer, detector: str, model: str, format: Format, quiet: bool) -> None:
+def write_verdict(
+    answer: Answer, model: str, *, format: Format, top: int | None, quiet: bool
+) -> None:
+    """Write a verdict: a row for each head that was claimed, sentences on stderr."""
     facts = answer.facts
-    rows: list[dict[str, Any]] = list(facts["rows"])
+    detector = facts["detector"]
+    rows: list[dict[str, Any]] = list(facts["rows"])[:top]
     strong = frozenset(i for i, row in enumerate(rows) if row["verdict"] == "causal")
     title = f"verdict on {detector}: {model}, right in {facts['accuracy']:.0%}, n = {facts['n']}"
     folder = None if answer.folder is None else str(answer.folder)
-    part = Part(title, rows, strong)
-    write(
-        Table("headscope.verdict", _COLUMNS, [part], {"run": folder, "model": model, **facts},
-              limit=None), format
-    )  # fmt: skip
+    note = " ".join(filter(None, (facts["message"], facts["note"])))
+    part = Part(title, rows, strong, note)
+    made = Table("headscope.verdict", _COLUMNS, [part], {"run": folder, "model": model, **facts},
+                 limit=None)  # fmt: skip
+    drawn = write(made, format)
     if not quiet:
         for line in facts["sentences"]:
-            say(line)
+            if not (drawn and line in (facts["message"], facts["note"])):  # below the table already
+                say(line)

@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from heads.detector import make_detector as make_detector
     from heads.masking import masking_experiment as masking_experiment
     from heads.scoring import score as score
-    from heads.verdict import verdict as verdict
+    from heads.verdicts import verdict as verdict
 
 _HOMES = {
     "DETECTORS": "heads.detector",
     "make_detector": "heads.detector",
     "masking_experiment": "heads.masking",
     "score": "heads.scoring",
-    "verdict": "heads.verdict",
+    "verdict": "heads.verdicts",
 }
 __all__ = sorted(_HOMES)
 

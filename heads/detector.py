@@ -6,7 +6,8 @@ help and the conformance tests follow from the registry. Two kinds exist:
 - a `ReadingDetector` declares readings and turns their answers into one score per example and
   head, beside the same on a matched control; the scoring engine answers the readings of all such
   detectors in one forward pass;
-- a `DecodingDetector` looks at the model while it generates.
+- a `WatchingDetector` runs the model itself, on as many inputs as it needs; a `DecodingDetector`
+  is one that watches the model generate.
 """
 
 import random
@@ -110,12 +111,16 @@ class ReadingDetector(Detector):
         """Scores from the answers [example, layer, head, …] to the readings."""
 
 
-class DecodingDetector(Detector):
-    """A detector that watches the model generate."""
+class WatchingDetector(Detector):
+    """A detector that runs the model itself."""
 
     @abstractmethod
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """Scores of a batch of prompts."""
+
+
+class DecodingDetector(WatchingDetector):
+    """A detector that watches the model generate."""
 
 
 DETECTORS: Registry[type[Detector]] = Registry("detector", "heads")

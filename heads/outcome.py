@@ -4,7 +4,7 @@ The tokens to predict are the answer, fed after the prompt, or for prompts witho
 of a span. Per example:
 
     log-prob   mean over the tokens to predict of log p(token | what precedes it), in nats
-    correct    1 if each of them is the most likely token, else 0 (share of them without answer)
+    correct    1 if each of them is the most likely token, else 0 (without answer, their share)
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from interp.errors import InputError
+from interp.errors import InputError, ModelError
 from interp.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -75,21 +75,39 @@ def outcome(
         prompts: prompts with the span of tokens to predict.
         recipe: switched on while they run.
         batch_size: prompts at a time.
+
+    Raises:
+        InputError: no prompts, or no prompt at a time.
+        ModelError: a log-probability is not finite.
     """
+    if not prompts or batch_size < 1:
+        raise InputError(
+            f"at least one prompt, and one at a time, are needed; got {len(prompts)} and "
+            f"{batch_size}"
+        )
     log_prob, correct = np.zeros(len(prompts)), np.zeros(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), batch_size):
         places = order[at : at + batch_size]
-        batch = model.batch([prompts[i] for i in places], side="left")
+        # On the right, where causal rows do not see it: models with learned positions (GPT-2) count
+        # padding on the left.
+        batch = model.batch([prompts[i] for i in places], side="right")
         with recipe.on(model, spans=batch) if recipe is not None else nullcontext():
             logits = model.forward(batch.inputs()).logits
         for row, (i, columns) in enumerate(zip(places, batch.positions(TARGET), strict=True)):
             index = torch.tensor(columns, device=logits.device)
-            said = logits[row, index - 1].float()
+            said = logits[row, index - 1].double()
             tokens = batch.input_ids[row, index]
             gained = said.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
             hit = said.argmax(-1) == tokens
             log_prob[i] = float(gained.mean())
-            share = hit.float().mean()
+            if not np.isfinite(log_prob[i]):
+                # A difference of such numbers is NaN, and would drop out of every mean unseen.
+                raise ModelError(
+                    f"log-probabilities must be finite; prompt {prompts[i].id or i} of "
+                    f"{model.name} got {log_prob[i]}",
+                    hint="load the model in float32 or bfloat16",
+                )
+            share = hit.double().mean()
             correct[i] = float(hit.all()) if prompts[i].answer else float(share)
     return Outcome(log_prob, correct)

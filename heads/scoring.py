@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from heads.detector import (
-    DecodingDetector,
     Detector,
     Outcome,
     ReadingDetector,
+    WatchingDetector,
     make_detector,
     require,
 )
@@ -338,7 +338,7 @@ def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tup
                 detector.formula(model, tower, batch, _own(detector, answers) or {}, control),
             )
     for watcher in job.detectors:
-        if isinstance(watcher, DecodingDetector):
+        if isinstance(watcher, WatchingDetector):
             yield watcher.name, watcher.watch(model, list(job.prompts), tower=tower.name)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heads.detector import DETECTORS, DecodingDetector, Outcome
+from heads.detector import DETECTORS, Outcome, WatchingDetector
 from heads.sight import hidden_by_mask, last_z, left_out
 from interp.errors import InputError
 from interp.prompts import Prompt
@@ -40,7 +40,7 @@ MEASURES = ("raw", "relative", "cosine")
 
 @DETECTORS.register("vision-head-divergence")
 @dataclass(frozen=True)
-class VisionHeadDivergence(DecodingDetector):
+class VisionHeadDivergence(WatchingDetector):
     """Change of a head's output when the image is left out; see the module's docstring.
 
     Attributes:
@@ -69,7 +69,7 @@ class VisionHeadDivergence(DecodingDetector):
             )
 
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
-        """See `DecodingDetector`."""
+        """See `WatchingDetector`."""
         stack = model.tower(tower) if tower else next(iter(model.towers.values()))
         whole = model.batch(prompts, side="left")
         bare = model.batch([left_out(p, self.span) for p in prompts], side="left")

@@ -364,6 +364,7 @@ def test_move_is_the_redistribution_of_the_paper() -> None:
     assert row("move", VAR, 0.4, [0]) == pytest.approx([0.2, 0.48, 0.32])
     assert row("move", VAR, 0.4, [0], to=[2]) == pytest.approx([0.2, 0.3, 0.5])
     assert row("move", [0.5, 0.5, 0.0], 0.4, [0, 1]) == [0.5, 0.5, 0.0]  # nobody to receive
+    assert row("move", [0.7, 0.3, 1e-31], 0.4, [0, 1]) == pytest.approx([0.28, 0.12, 0.6])
     # Image-centric rows only: sinks are 0.3 of the 0.5 on the image.
     for share, least, moved in ((0.6, 0.2, True), (0.59, 0.2, False), (0.6, 0.51, False)):
         got = row("move", VAR, 0.6, [1], span=[1, 2], p={"share": share, "least": least})

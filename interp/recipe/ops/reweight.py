@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from interp.recipe.ops import OPS, AttentionOp, Rows
@@ -73,8 +74,10 @@ class Move(AttentionOp):
         mass = a * to
         total = mass.sum(-1, keepdim=True)
         freed = (1 - s) * (a * rows.keys).sum(-1, keepdim=True)
-        new = a - (1 - s) * a * rows.keys + freed * mass / total.clamp_min(_TINY)
-        ok = total > 0
+        # Receivers may hold 1e-31 in all and still take everything: only nothing takes nothing.
+        least = torch.finfo(a.dtype).tiny
+        new = a - (1 - s) * a * rows.keys + freed * (mass / total.clamp_min(least))
+        ok = total >= least
         if "span" in rows.others:
             inside = (a * rows.others["span"]).sum(-1, keepdim=True)
             part = (a * (rows.keys & rows.others["span"])).sum(-1, keepdim=True) / inside.clamp_min(
