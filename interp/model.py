@@ -254,8 +254,36 @@ class Model:
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
-        """The model's own output on keyword inputs, without gradients."""
-        return self.hf(**inputs)
+        """The model's own output on keyword inputs, without gradients.
+
+        Prompts padded on the left get the positions they have alone, as `generate` gives them: many
+        a forward counts padding as positions.
+        """
+        return self.hf(**self._placed(inputs))
+
+    def _placed(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.dim() != 2 or "past_key_values" in inputs or bool(mask[:, 0].all()):
+            return inputs
+        if "position_ids" in inputs or not self._counts_positions:
+            return inputs
+        # From the first token on, whatever is masked after it stays in its place.
+        first = mask.to(torch.uint8).argmax(1, keepdim=True)
+        place = torch.arange(mask.shape[1], device=mask.device)[None] - first
+        return {**inputs, "position_ids": place.clamp(min=0)}
+
+    @cached_property
+    def _counts_positions(self) -> bool:
+        """Whether `generate` gives the forward one position a token."""
+        generates = getattr(self.hf, "can_generate", None)
+        if generates is None or not generates():
+            return False
+        if getattr(self.config, "is_encoder_decoder", False):
+            return False
+        rope = getattr(self.text_config, "rope_parameters", None)
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            return False  # three positions a token, which the model finds by itself
+        return "position_ids" in inspect.signature(self.hf.forward).parameters
 
     def encode(self, text: str, *, id: str = "") -> Prompt:
         """Tokenise a text as the model's users do, special tokens included.

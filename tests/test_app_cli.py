@@ -7,33 +7,28 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from app_kit import (
+    AFTER,
+    assert_refused,
+    environment,
+    files,
+    in_process,
+    only_run,
+    posix,
+    process,
+    tokens_line,
+)
 
 from app.catalog import entries
-from app.cli import main
 from app.tables import Format, Part, Table, write
 from interp.run import Run
 from interp.scores import COLUMNS
 
-ROOT = Path(__file__).parents[1]
 MODEL = "zoo:planted-induction"
 FAST = ("-m", MODEL, "--n", "8")
-posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits are POSIX")
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        return list(csv.DictReader(io.StringIO(self.out), delimiter="\t"))
 
 
 @pytest.fixture(autouse=True)
@@ -44,33 +39,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def run(capsys):
-    """Run a command line in this process."""
-
-    def call(*args: str) -> Done:
-        capsys.readouterr()
-        code = main(args)
-        seen = capsys.readouterr()
-        return Done(code, seen.out, seen.err)
-
-    return call
-
-
-def process(args: Sequence[str], *, before: str = "", stdin: str | None = None) -> Done:
-    """Run a command line in a process of its own, after some code."""
-    code = f"import sys\n{before}\nfrom app.cli import main\nsys.exit(main({list(args)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=_env(), input=stdin, capture_output=True, text=True
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def _env() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def only_run() -> Path:
-    [folder] = Path("runs").iterdir()
-    return folder
+    return in_process(capsys)
 
 
 def score_bytes(folder: Path) -> dict[str, bytes]:
@@ -78,9 +47,6 @@ def score_bytes(folder: Path) -> dict[str, bytes]:
 
 
 # ---- what is imported
-
-
-AFTER = "import atexit\natexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr))"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +208,7 @@ def test_a_terminal_gets_a_drawn_table() -> None:
 
     main_end, other = pty.openpty()
     code = "import sys; from app.cli import main; sys.exit(main(['list', 'tasks']))"
-    child = subprocess.Popen([sys.executable, "-c", code], env=_env(), stdout=other)
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=other)
     os.close(other)
     seen = b""
     try:
@@ -256,11 +222,6 @@ def test_a_terminal_gets_a_drawn_table() -> None:
 
 
 # ---- prompts and parameters
-
-
-def tokens_line(**more: object) -> str:
-    block = list(range(20, 32))
-    return json.dumps({"tokens": [1, *block, *block], **more})
 
 
 def test_own_prompts_from_a_file_and_from_stdin_are_the_same_run(run) -> None:
@@ -436,10 +397,6 @@ def test_the_same_command_again_computes_nothing(run, monkeypatch) -> None:
     assert run("rank", "induction", *FAST, "--seed", "1").code == 70
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
 def test_quiet_and_no_save(run) -> None:
     done = run("rank", "induction", *FAST, "--quiet", "--no-save")
     assert done.code == 0 and done.err == "" and len(done.rows) == 12
@@ -483,10 +440,6 @@ def test_damaged_and_newer_runs_are_refused_in_a_line(run) -> None:
     table.write_bytes(data)
     assert_refused(run("show", "r"), "damaged")
     assert_refused(run("rank", "sink", *FAST, "--out", "r"), "holds another run")
-
-
-def assert_refused(done: Done, part: str) -> None:
-    assert (done.code, done.out) == (65, "") and part in done.err and "Traceback" not in done.err
 
 
 STOP = """
@@ -548,7 +501,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(run) -> None:
     code = "import sys; from app.cli import main; sys.exit(main(['show', 'r']))"
     read, wrote = os.pipe()
     child = subprocess.Popen(
-        [sys.executable, "-c", code], env=_env(), stdout=wrote, stderr=subprocess.PIPE
+        [sys.executable, "-c", code], env=environment(), stdout=wrote, stderr=subprocess.PIPE
     )
     os.close(wrote)
     os.close(read)

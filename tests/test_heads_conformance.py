@@ -38,7 +38,6 @@ from interp.scores import NO_EVIDENCE, UNDEFINED
 from interp.tasks import TASKS, make_task
 from interp.zoo import ZOO
 
-torch.set_num_threads(1)
 NAMES = sorted(DETECTORS)
 N = 9  # examples: 2**-9 is small enough to find one head among twenty
 

@@ -20,8 +20,6 @@ from interp.tasks import make_task
 from interp.zoo.planted_kit import Kit
 from interp.zoo.planted_parts import assemble
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def model():

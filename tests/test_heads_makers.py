@@ -32,7 +32,6 @@ from interp.zoo.planted_llama import class_prompts, planted_llama
 from interp.zoo.planted_parts import HeadPlan, Layout, Stream, assemble
 from probes import fit_iti, function_vector
 
-torch.set_num_threads(1)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 LOOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 V = 16

@@ -27,7 +27,6 @@ from interp.scores import HeadScores
 from interp.seam.calls import AttnCall
 from interp.tasks import make_task
 
-torch.set_num_threads(1)
 OPS = ["uniform", "zero"]
 NEEDLE = make_task("needle", {"lengths": (60, 110)})
 PLANTED = ["planted-retrieval", "planted-heads", "planted-induction-gqa"]

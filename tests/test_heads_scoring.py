@@ -29,7 +29,6 @@ from interp.run import Run
 from interp.stats import bh_qvalues
 from interp.tasks import make_task
 
-torch.set_num_threads(1)
 READERS = ["previous-token", "duplicate-token", "induction", "sink"]
 REPEATED = make_task("repeated-tokens", {"length": 12, "repeats": 3, "vary": True})
 

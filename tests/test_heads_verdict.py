@@ -33,7 +33,6 @@ from interp.zoo.planted_kit import Kit
 from interp.zoo.planted_llama import class_prompts, planted_llama
 from interp.zoo.planted_parts import assemble, numbered_words, word_tokenizer
 
-torch.set_num_threads(1)
 NEEDLE = make_task("needle", {"lengths": (60, 110)})
 H = HeadId
 SHAPE = (3, 4)  # of both random models

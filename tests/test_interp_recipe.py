@@ -15,8 +15,6 @@ from interp.recipe import OPS, Edit, Gate, Positions, Recipe, Schedule, Where, s
 from interp.recipe.ops import SITES, AttentionOp, Rows, VectorOp
 from interp.recipe.place import Tracker
 
-torch.set_num_threads(1)
-
 
 def at(*heads: str, **kw: Any) -> Where:
     return Where(heads=heads, **kw)

@@ -12,8 +12,6 @@ from interp.errors import InputError
 from interp.model import Model
 from interp.recipe import Edit, Gate, Positions, Recipe, Schedule, Where, span
 
-torch.set_num_threads(1)
-
 
 def noise(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -20,7 +20,6 @@ from interp.prompts import Batch, Prompt
 from interp.recipe import Edit, Gate, Positions, Recipe, Schedule, Where, span
 from interp.zoo.planted_llama import class_prompts, planted_llama
 
-torch.set_num_threads(1)
 EVERY = Positions.all()
 LAST = Positions(prompt=(-1,), generated="all")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

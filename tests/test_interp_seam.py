@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from interp import load
 from interp import readings as rd
 from interp.engine import read, read_with_output
 from interp.model import Model
+from interp.prompts import Prompt
 from interp.seam import kernel
 from interp.seam.calls import AttnCall
 
@@ -616,3 +618,32 @@ def test_many_seams_at_once_close_with_one_stack() -> None:
         run(model)
     assert len(log) == 20 and {who for who, _ in log} == set(map(str, range(10)))
     assert traces(model.hf) == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama", "bloom", "gptj"])
+def test_left_padding_changes_no_position(family):
+    """Learned positions above all: GPT-2's own forward counts the padding."""
+    torch.manual_seed(0)
+    name, sizes = {
+        "gpt2": ("GPT2LMHead", {"n_embd": 32, "n_head": 4, "n_positions": 64}),
+        "opt": ("OPTForCausalLM", {"ffn_dim": 32, "word_embed_proj_dim": 32}),
+        "gpt_neox": ("GPTNeoXForCausalLM", {"intermediate_size": 32}),
+        "llama": ("LlamaForCausalLM", {"intermediate_size": 32}),
+        "bloom": ("BloomForCausalLM", {}),
+        "gptj": ("GPTJForCausalLM", {"n_embd": 32, "n_head": 4, "rotary_dim": 4}),
+    }[family]
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, **sizes}
+    if "n_embd" in sizes:
+        sizes = {k: v for k, v in sizes.items() if k.startswith("n_") or k == "rotary_dim"}
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=60, bos_token_id=1, eos_token_id=None, pad_token_id=0, **sizes
+    )
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert name in type(hf).__name__
+    model = load(hf)
+    prompts = [Prompt(tuple(range(2, 2 + n))) for n in (5, 11, 8)]
+    batch = model.batch(prompts, side="left")
+    out = model.forward(batch.inputs()).logits[:, -1]
+    for row, prompt in zip(out, prompts, strict=True):
+        alone = hf(torch.tensor([prompt.tokens])).logits[0, -1]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)

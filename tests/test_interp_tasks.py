@@ -27,8 +27,6 @@ from interp.tasks.lexicon import (
     vocabulary,
 )
 
-torch.set_num_threads(1)
-
 
 class Handle:
     """What a task asks of a model: tokenizer, special ids, vocabulary and context."""

@@ -10,8 +10,6 @@ from interp.errors import InputError
 from probes import HeadFeatures, fit_logistic
 from probes.logistic import newton
 
-torch.set_num_threads(1)
-
 
 def made(n=120, heads=4, d=6, gap=1.0, seed=0):
     rng = torch.Generator().manual_seed(seed)

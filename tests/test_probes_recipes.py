@@ -23,7 +23,6 @@ from probes import (
 from probes.direction import directions_from_statistics
 from probes.functions import answer_probability
 
-torch.set_num_threads(1)
 PLANTED = HeadId(1, 2)
 C = 8
 

@@ -11,8 +11,6 @@ from interp.headid import HeadId
 from probes import HeadFeatures, HeadStatistics, fit_ridge, make_probe, ridge_from_statistics
 from probes.ridge import GRID, solve
 
-torch.set_num_threads(1)
-
 
 def made(n=60, heads=3, d=7, targets=2, seed=0, shift=0.0):
     rng = torch.Generator().manual_seed(seed)

@@ -13,7 +13,6 @@ from probes import HeadFeatures, HeadStatistics, mean_difference
 from probes.direction import directions_from_statistics
 from probes.statistics import indicators
 
-torch.set_num_threads(1)
 X = torch.randn(37, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
 Y = torch.randn(37, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 8
 HEADS = tuple(HeadId(0, h) for h in range(3))

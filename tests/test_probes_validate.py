@@ -23,8 +23,6 @@ from probes.probe import PROBES
 from probes.ridge import Ridge, fit_ridge
 from probes.validate import _folds
 
-torch.set_num_threads(1)
-
 
 def planted(n=200, heads=40, d=8, informed=5, snr=1.0, seed=0):
     """Heads 0, 8, 16, … hold the label along a direction of their own, the others noise."""

@@ -1,0 +1,396 @@
+"""Tiny random models that read images, each with its real processor, built from configurations."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as tf
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from interp.loading import load
+from interp.model import Model
+
+WORDS = ("<unk>", "<s>", "</s>", "<pad>", "what", "is", "this", "the", "a", "cat", "dog", "?", ".")
+MARKS = (
+    "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<start_of_image>", "<end_of_image>",
+    "<image_soft_token>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+    *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
+)  # fmt: skip
+
+
+def tokenizer(**extra: str) -> Any:
+    """Words and marks; `extra` names the marks that a processor asks for."""
+    vocabulary = {w: i for i, w in enumerate([*WORDS, *MARKS, "\n"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in MARKS])
+    inner.add_tokens([AddedToken("\n", normalized=False)])
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens=extra,
+    )  # fmt: skip
+
+
+def mark(name: str) -> int:
+    return (*WORDS, *MARKS).index(name)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the module that reads text and images together, and the first layer of the tower."""
+
+    model: Model
+    decoder: str
+    tower: str
+    mark: str = ""
+
+
+TEXT = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 1400, "max_position_embeddings": 4096, "head_dim": 8,
+}  # fmt: skip
+EYE = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def without_mixing(hf: torch.nn.Module) -> torch.nn.Module:
+    """Attention of the tower adds nothing, so that a patch is read at its own place alone."""
+    with torch.no_grad():
+        for name, value in hf.named_parameters():
+            if any(x in name for x in ("out_proj", "attn.proj", "projection_layer")) and (
+                "vision" in name or "visual" in name
+            ):
+                value.zero_()
+            if "mm_input_projection" in name:  # zeros unless trained
+                value.normal_()
+    return hf.eval()
+
+
+def _clip(size: int, patch: int, **more: Any) -> Any:
+    return tf.CLIPVisionConfig(**EYE, image_size=size, patch_size=patch, projection_dim=16, **more)
+
+
+def _clip_images(size: int) -> Any:
+    return tf.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+
+
+def llava() -> Case:
+    config = tf.LlavaConfig(
+        vision_config=_clip(40, 5), text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=mark("<image>"), vision_feature_layer=-1,
+    )  # fmt: skip
+    words = tokenizer(image_token="<image>")
+    processor = tf.LlavaProcessor(
+        _clip_images(40), words, patch_size=5, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return _case(tf.LlavaForConditionalGeneration, config, words, processor, "<image>")
+
+
+def llava_full() -> Case:
+    """With the class token as an image token, padded to a square."""
+    config = tf.LlavaConfig(
+        vision_config=_clip(40, 5), text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=mark("<image>"), vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+    words = tokenizer(image_token="<image>")
+    images = tf.LlavaImageProcessorPil(
+        size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}, do_pad=True
+    )
+    processor = tf.LlavaProcessor(
+        images, words, patch_size=5, vision_feature_select_strategy="full",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return _case(tf.LlavaForConditionalGeneration, config, words, processor, "<image>")
+
+
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+
+
+def llava_next() -> Case:
+    config = tf.LlavaNextConfig(
+        vision_config=_clip(24, 4), text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=mark("<image>"), vision_feature_layer=-1, image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    words = tokenizer(image_token="<image>")
+    images = tf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24},
+        image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    processor = tf.LlavaNextProcessor(
+        images, words, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return _case(tf.LlavaNextForConditionalGeneration, config, words, processor, "<image>")
+
+
+def llava_onevision() -> Case:
+    tower = tf.SiglipVisionConfig(**EYE, image_size=24, patch_size=4)
+    points = [[a, b] for a in (24, 48, 72) for b in (24, 48, 72)]
+    config = tf.LlavaOnevisionConfig(
+        vision_config=tower, text_config=tf.Qwen2Config(**TEXT), image_token_id=mark("<image>"),
+        video_token_id=mark("<video>"), vision_feature_layer=-1, image_grid_pinpoints=points,
+        vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+    words = tokenizer(image_token="<image>", video_token="<video>")
+    images = tf.LlavaOnevisionImageProcessorPil(
+        size={"height": 24, "width": 24}, image_grid_pinpoints=points
+    )
+    processor = object.__new__(tf.LlavaOnevisionProcessor)
+    # Its video part needs torchvision; images do not.
+    processor.__dict__ |= {
+        "image_processor": images, "tokenizer": words, "video_processor": None,
+        "chat_template": None, "num_image_tokens": 36, "vision_feature_select_strategy": "full",
+        "image_token": "<image>", "video_token": "<video>", "image_token_id": mark("<image>"),
+        "video_token_id": mark("<video>"), "vision_aspect_ratio": "anyres_max_4",
+    }  # fmt: skip
+    return _case(tf.LlavaOnevisionForConditionalGeneration, config, words, processor, "<image>")
+
+
+def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any]) -> Case:
+    config_type, model_type, processor_type = (
+        getattr(tf, f"{name}{x}") for x in ("Config", "ForConditionalGeneration", "Processor")
+    )
+    config = config_type(
+        vision_config=tower, text_config={**TEXT, **text}, image_token_id=mark("<|image_pad|>"),
+        video_token_id=mark("<|video_pad|>"), vision_start_token_id=mark("<|vision_start|>"),
+        vision_end_token_id=mark("<|vision_end|>"),
+    )  # fmt: skip
+    words = tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>")
+    images = tf.Qwen2VLImageProcessorPil(
+        patch_size=tower["patch_size"], merge_size=2,
+        size={"shortest_edge": 16 * 16, "longest_edge": 96 * 96},
+    )  # fmt: skip
+    processor = object.__new__(processor_type)
+    # Its video part needs torchvision; images do not.
+    processor.__dict__ |= {
+        "image_processor": images, "tokenizer": words, "video_processor": None,
+        "chat_template": None, "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+        "image_token_id": mark("<|image_pad|>"), "video_token_id": mark("<|video_pad|>"),
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config.text_config.rope_parameters = rope
+    return _case(model_type, config, words, processor, "<|image_pad|>")
+
+
+def qwen2_vl() -> Case:
+    tower = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 1}
+    return _qwen("Qwen2VL", {**tower, "patch_size": 6, "in_channels": 3}, {})
+
+
+def qwen2_5_vl() -> Case:
+    tower = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16, "patch_size": 6, "window_size": 36, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return _qwen("Qwen2_5_VL", tower, {})
+
+
+def qwen3_vl() -> Case:
+    tower = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16, "patch_size": 6, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    return _qwen("Qwen3VL", tower, {})
+
+
+def paligemma() -> Case:
+    tower = tf.SiglipVisionConfig(**EYE, image_size=28, patch_size=4, projection_dim=16)
+    config = tf.PaliGemmaConfig(
+        vision_config=tower, text_config=tf.GemmaConfig(**TEXT), image_token_id=mark("<image>"),
+        projection_dim=16,
+    )  # fmt: skip
+    words = tokenizer(image_token="<image>")
+    images = tf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 49
+    processor = tf.PaliGemmaProcessor(images, words)
+    return _case(tf.PaliGemmaForConditionalGeneration, config, words, processor, "<image>")
+
+
+def gemma3() -> Case:
+    tower = tf.SiglipVisionConfig(**EYE, image_size=32, patch_size=4)
+    config = tf.Gemma3Config(
+        vision_config=tower, text_config=tf.Gemma3TextConfig(**TEXT), mm_tokens_per_image=16,
+        image_token_index=mark("<image_soft_token>"), boi_token_index=mark("<start_of_image>"),
+        eoi_token_index=mark("<end_of_image>"),
+    )  # fmt: skip
+    words = tokenizer(
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
+    )
+    images = tf.Gemma3ImageProcessorPil(
+        size={"height": 32, "width": 32}, do_pan_and_scan=True, pan_and_scan_min_crop_size=16,
+        pan_and_scan_max_num_crops=3, pan_and_scan_min_ratio_to_activate=1.3,
+    )  # fmt: skip
+    processor = tf.Gemma3Processor(images, words, image_seq_length=16)
+    return _case(tf.Gemma3ForConditionalGeneration, config, words, processor, "<start_of_image>")
+
+
+def internvl() -> Case:
+    tower = tf.InternVLVisionConfig(**EYE, image_size=[24, 24], patch_size=[4, 4])
+    config = tf.InternVLConfig(
+        vision_config=tower, text_config=tf.Qwen2Config(**TEXT), vision_feature_layer=-1,
+        image_token_id=mark("<IMG_CONTEXT>"), image_seq_length=9,
+    )  # fmt: skip
+    words = tokenizer(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )  # fmt: skip
+    images = tf.GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, max_patches=6)
+    processor = _internvl_processor(images, words)
+    return _case(tf.InternVLForConditionalGeneration, config, words, processor, "<IMG_CONTEXT>")
+
+
+def _internvl_processor(images: Any, words: Any) -> Any:
+    import re
+
+    processor = object.__new__(tf.InternVLProcessor)
+    # Its video part needs torchvision; images do not.
+    processor.__dict__ |= {
+        "image_processor": images, "tokenizer": words, "video_processor": None,
+        "chat_template": None, "image_seq_length": 9, "start_image_token": "<img>",
+        "end_image_token": "</img>", "start_image_token_id": mark("<img>"),
+        "end_image_token_id": mark("</img>"), "image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>", "image_token_id": mark("<IMG_CONTEXT>"),
+        "multimodal_pattern": re.compile("(?P<image><IMG_CONTEXT>)|(?P<video><video>)"),
+    }  # fmt: skip
+    return processor
+
+
+def idefics3() -> Case:
+    tower = {**EYE, "image_size": 24, "patch_size": 4}
+    config = tf.Idefics3Config(
+        vision_config=tower, text_config=tf.LlamaConfig(**TEXT), image_token_id=mark("<image>"),
+        scale_factor=2,
+    )  # fmt: skip
+    words = tokenizer()
+    images = tf.Idefics3ImageProcessorPil(
+        size={"longest_edge": 72}, max_image_size={"longest_edge": 24}
+    )
+    processor = tf.Idefics3Processor(images, words, image_seq_len=9)
+    cls = tf.Idefics3ForConditionalGeneration
+    return _case(cls, config, words, processor, "<image>", decoder="model.text_model")
+
+
+def smolvlm() -> Case:
+    tower = {**EYE, "image_size": 24, "patch_size": 4}
+    config = tf.SmolVLMConfig(
+        vision_config=tower, text_config=tf.LlamaConfig(**TEXT), image_token_id=mark("<image>"),
+        scale_factor=2,
+    )  # fmt: skip
+    words = tokenizer()
+    images = tf.SmolVLMImageProcessorPil(
+        size={"longest_edge": 72}, max_image_size={"longest_edge": 24}
+    )
+    processor = tf.Idefics3Processor(images, words, image_seq_len=9)
+    cls = tf.SmolVLMForConditionalGeneration
+    return _case(cls, config, words, processor, "<image>", decoder="model.text_model")
+
+
+def clip() -> Case:
+    text = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 100, "eos_token_id": 2,
+    }  # fmt: skip
+    tower = {**EYE, "image_size": 40, "patch_size": 5}
+    config = tf.CLIPConfig(text_config=text, vision_config=tower, projection_dim=16)
+    words = tokenizer()
+    processor = tf.CLIPProcessor(_clip_images(40), words)
+    return _case(tf.CLIPModel, config, words, processor, "", decoder="")
+
+
+def clip_vision() -> Case:
+    return _case(tf.CLIPVisionModel, _clip(40, 5), None, _clip_images(40), "", decoder="")
+
+
+def siglip_vision() -> Case:
+    config = tf.SiglipVisionConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    return _case(tf.SiglipVisionModel, config, None, images, "", decoder="")
+
+
+def vit() -> Case:
+    config = tf.ViTConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.ViTImageProcessorPil(size={"height": 28, "width": 28})
+    return _case(tf.ViTForImageClassification, config, None, images, "", decoder="")
+
+
+def deit() -> Case:
+    config = tf.DeiTConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.DeiTImageProcessorPil(
+        size={"height": 33, "width": 33}, crop_size={"height": 28, "width": 28}
+    )
+    return _case(tf.DeiTModel, config, None, images, "", decoder="")
+
+
+def dinov2() -> Case:
+    config = tf.Dinov2Config(**EYE, mlp_ratio=1, image_size=28, patch_size=4)
+    images = tf.BitImageProcessorPil(
+        size={"shortest_edge": 33}, crop_size={"height": 28, "width": 28}
+    )
+    return _case(tf.Dinov2Model, config, None, images, "", decoder="")
+
+
+def dinov2_with_registers() -> Case:
+    config = tf.Dinov2WithRegistersConfig(
+        **EYE, mlp_ratio=1, image_size=28, patch_size=4, num_register_tokens=3
+    )
+    images = tf.BitImageProcessorPil(
+        size={"shortest_edge": 33}, crop_size={"height": 28, "width": 28}
+    )
+    return _case(tf.Dinov2WithRegistersModel, config, None, images, "", decoder="")
+
+
+def dinov3_vit() -> Case:
+    config = tf.DINOv3ViTConfig(**EYE, image_size=28, patch_size=4, num_register_tokens=4)
+    images = tf.ViTImageProcessorPil(size={"height": 28, "width": 28})
+    return _case(tf.DINOv3ViTModel, config, None, images, "", decoder="")
+
+
+def _case(
+    cls: Any, config: Any, words: Any, processor: Any, mark: str,
+    *, decoder: str = "model.language_model",
+) -> Case:  # fmt: skip
+    torch.manual_seed(0)
+    hf = without_mixing(cls(config))
+    names = [n for n, _ in hf.named_modules()]
+    first = next(
+        n for n in names
+        if n.rsplit(".", 2)[-2:] in (["layers", "0"], ["layer", "0"], ["blocks", "0"])
+        and ("vision" in n or "visual" in n or not decoder) and "text" not in n
+    )  # fmt: skip
+    return Case(load(hf, tokenizer=words, processor=processor), decoder, first, mark)
+
+
+TEXTUAL = {
+    "llava": llava, "llava_full": llava_full, "llava_next": llava_next,
+    "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl, "paligemma": paligemma, "gemma3": gemma3, "internvl": internvl,
+    "idefics3": idefics3, "smolvlm": smolvlm,
+}  # fmt: skip
+ALONE = {
+    "vit": vit, "clip_vision": clip_vision, "siglip_vision": siglip_vision, "deit": deit,
+    "dinov2": dinov2, "dinov2_with_registers": dinov2_with_registers, "dinov3_vit": dinov3_vit,
+}  # fmt: skip
+ALL = {**TEXTUAL, **ALONE, "clip": clip}
+
+
+@cache
+def case(name: str) -> Case:
+    return ALL[name]()
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red tells the column, green the row; blue is full, which no padding is."""
+    out = np.full((height, width, 3), 255, dtype=np.uint8)
+    out[..., 0] = ((np.arange(width) + 0.5) / width * 255).round()
+    out[..., 1] = ((np.arange(height) + 0.5) / height * 255).round()[:, None]
+    return Image.fromarray(out)
