@@ -299,9 +299,10 @@ def _flattened(model: Model, tower: "Tower", job: Job, seed: int) -> tuple[Array
     arrays: Arrays = {}
     failures: Failures = {}
     longest = max(map(len, job.prompts))
+    # Batches are halved before this is said, so that only a single prompt gets here.
     with fitting(
         f"{len(job.prompts)} prompts of up to {longest} tokens",
-        "choose a smaller batch size, shorter prompts or dtype bfloat16",
+        "choose shorter prompts, or dtype bfloat16 (--dtype bfloat16)",
     ):
         outcomes = dict(_outcomes(model, tower, job, seed))
     for name, outcome in outcomes.items():

@@ -127,7 +127,9 @@ def _from_zoo(name: str, device: str, dtype: str, attn: str | None) -> "Model":
         hf.set_attn_implementation(attn)
     if dtype != "auto":
         hf = hf.to(getattr(torch, dtype))
-    return Model(hf.to(device), built.tokenizer, name=f"zoo:{name}", truth=built.truth)
+    return Model(
+        hf.to(device), built.tokenizer, built.processor, name=f"zoo:{name}", truth=built.truth
+    )
 
 
 def _from_pretrained(

@@ -34,11 +34,12 @@ class Truth:
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A built zoo model: a Hugging Face model in eval mode, its tokenizer if any, its truth."""
+    """A built zoo model: a Hugging Face model in eval mode, its truth, and what it reads with."""
 
     hf: "PreTrainedModel"
     truth: Truth
     tokenizer: Any = None
+    processor: Any = None
 
 
 ZOO: Registry[Callable[[], ZooModel]] = Registry("zoo model", "interp.zoo")

@@ -1,6 +1,7 @@
 """The trained models that ship with the package; `interp.zoo.train` reproduces them."""
 
 from pathlib import Path
+from typing import Any
 
 from interp.zoo import ZOO, Truth, ZooModel
 
@@ -8,17 +9,24 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def shipped(name: str, truth: Truth) -> ZooModel:
-    """A model and tokenizer from the package's own folder, offline."""
+    """A language model and tokenizer from the package's own folder, offline."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / name, local_files_only=True)
+    return ZooModel(_weighted(LlamaForCausalLM, name), truth, tokenizer)
+
+
+def _weighted(cls: Any, name: str) -> Any:
+    """A model with its shipped weights; from_pretrained would show a progress bar."""
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = WEIGHTS / name
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, local_files_only=True))
-    # from_pretrained would do the same with a progress bar.
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    model = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    # What is left out is tied, or a buffer that the class makes itself.
+    lacking, unknown = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return ZooModel(model.eval(), truth, tokenizer)
+    assert not unknown and all(x.startswith("lm_head") or "position_ids" in x for x in lacking)
+    return model.eval()
 
 
 @ZOO.register("induction")
@@ -31,6 +39,30 @@ def _induction() -> ZooModel:
 def _needle() -> ZooModel:
     """Four layers with grouped queries that answer questions about facts in long contexts."""
     return shipped("needle", Truth(note="trained; answers facts at any depth of 2,000 tokens"))
+
+
+@ZOO.register("shapes-vlm")
+def _shapes_vlm() -> ZooModel:
+    """A LLaVA that answers questions about coloured shapes, and has habits to hallucinate from."""
+    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+    from interp.zoo.train.shapes_vlm import processor
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "shapes-vlm", local_files_only=True)
+    truth = Truth(note="trained on the skewed world; boxes of all things are known")
+    model = _weighted(LlavaForConditionalGeneration, "shapes-vlm")
+    return ZooModel(model, truth, tokenizer, processor(tokenizer))
+
+
+@ZOO.register("shapes-vit")
+def _shapes_vit() -> ZooModel:
+    """A vision transformer that names the shape of the red thing."""
+    from transformers import ViTForImageClassification
+
+    from interp.zoo.train.shapes_vit import processor
+
+    truth = Truth(note="trained on the even world; the box of the red thing is known")
+    return ZooModel(_weighted(ViTForImageClassification, "shapes-vit"), truth, None, processor())
 
 
 __all__ = ["WEIGHTS", "shipped"]

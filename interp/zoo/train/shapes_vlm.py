@@ -240,11 +240,26 @@ def main() -> None:
         (args.out / "README.md").write_text(card(model, found, args))
 
 
+def processor(words: Any) -> Any:
+    """Pixels as they are, normalised, and an image token for every patch."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    pixels = CLIPImageProcessorPil(
+        do_resize=False, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3,
+        size={"height": SIZE, "width": SIZE}, crop_size={"height": SIZE, "width": SIZE},
+    )  # fmt: skip
+    return LlavaProcessor(
+        pixels, words, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
 def save(model: Any, words: Any, folder: Path) -> None:
     """Weights, tokenizer and processor."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    processor(words).save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)
 
