@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.errors import InputError
+from interp.errors import InputError, InterpError, SiteError
 from interp.memory import fitting
 from interp.prompts import Batch
 from interp.seam.blocks import block_names, on_input, on_output
@@ -30,6 +31,8 @@ from interp.seam.structure import Layer
 
 if TYPE_CHECKING:
     from interp.model import Model
+
+_CHECKED: "WeakKeyDictionary[Model, set[str]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Replay:
 
     Raises:
         InputError: the batch is padded on the right.
+        SiteError: a layer runs more than once in a forward, or the model cannot be replayed.
     """
 
     @torch.no_grad()
@@ -81,7 +85,9 @@ class Replay:
         self._z: dict[str, Tensor] = {}
         self._calls: dict[str, AttnCall] = {}
         self._attention: dict[str, Any] = {}
+        self._times: dict[str, int] = {}
         self._run_once()
+        self._check()
 
     @property
     def n_pos(self) -> int:
@@ -111,20 +117,53 @@ class Replay:
             stack.enter_context(self.model.observe_output(self._note_z))
             stack.enter_context(self.model.observe(self._note_call))
             self.logits = self._forward(self.batch.inputs())
+        if twice := next((x for x in self.tower.layers if self._times.get(x.name, 0) > 1), None):
+            raise SiteError(
+                f"a layer must run once in a forward to be replayed; {twice.name} of "
+                f"{self.model.name} runs {self._times[twice.name]} times",
+                hint="a recipe acts at every one of these: Recipe(Edit('zero', Where(heads=...)))",
+            )
         self._outputs = [outputs[name] for name in self.blocks]
         for layer in self.tower.layers:
             z, output = self._z[layer.name], self._attention[layer.name]
             made = hf.get_submodule(layer.projection)(z.flatten(-2))
-            first = output if isinstance(output, Tensor) else output[0]
+            first = _first(output)
             self.kept[layer.name] = Kept(
-                z, self._calls.get(layer.name), output, torch.equal(made, first)
+                z,
+                self._calls.get(layer.name),
+                output,
+                isinstance(made, Tensor) and torch.equal(made, first),
             )
+
+    def _check(self) -> None:
+        """Runs in which nothing is changed must end as the kept one; tried once for each model."""
+        known = _CHECKED.setdefault(self.model, set())
+        if self.tower.name in known:
+            return
+        start = self.n_pos // 2 if self.suffix_works else 0
+        for layer in {x.name: x for x in (self.tower.layers[0], self.tower.layers[-1])}.values():
+            z = self.kept[layer.name].z[None, :, start:].repeat(2, 1, 1, 1, 1)
+            try:
+                logits = self.rerun({layer.name: z}, copies=2, start=start)
+            except InterpError:
+                raise
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+                logits = torch.full_like(self.logits, torch.nan)[None]
+            scale = float(self.logits.abs().max().clamp_min(1))
+            if not bool((logits - self.logits).abs().max() < 1e-3 * scale):
+                raise SiteError(
+                    f"a run must be the same when it is replayed from {layer.name} on; that of "
+                    f"{self.model.name} is not (layers that share state?)",
+                    hint="a recipe runs the whole model: Recipe(Edit('zero', Where(heads=...)))",
+                )
+        known.add(self.tower.name)
 
     def _note_entry(self, x: Tensor) -> None:
         self.entry = x
 
     def _note_z(self, layer: Layer, site: Tensor) -> None:
         self._z[layer.name] = site
+        self._times[layer.name] = self._times.get(layer.name, 0) + 1
 
     def _note_call(self, call: AttnCall) -> None:
         self._calls[call.name] = call if call.k is not None else replace(call, v=None)
@@ -347,14 +386,15 @@ class Replay:
             yield
 
     @cached_property
-    def _beside(self) -> dict[str, tuple[Any, Tensor | None]]:
-        """Children of blocks that hold weights and no attention: their output in the kept run.
+    def _beside(self) -> dict[str, Any]:
+        """What holds the weights of a block beside attention: module to its kept output.
 
-        Where such a module is also handed the residual stream and adds it to its output (BLOOM),
-        the stream it was handed comes second.
+        Children of blocks as a whole. Where a child also passes the residual stream on (BLOOM,
+        and the norms behind BERT's layers), answering from memory would cut the stream: there the
+        layers with weights inside it are taken.
         """
-        hf, out = self.model.hf, {}
-        names = [
+        hf = self.model.hf
+        children = [
             f"{block}.{child}"
             for block in self.blocks
             for child, module in hf.get_submodule(block).named_children()
@@ -363,43 +403,66 @@ class Replay:
                 f"{x.name}.".startswith(f"{block}.{child}.") for x in self.tower.layers
             )
         ]  # fmt: skip
+        inside = {name: _weighted(hf.get_submodule(name)) for name in children}
+        names = [*children, *(f"{n}.{x}" for n, parts in inside.items() for x in parts)]
+        given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        outputs: dict[str, Any] = {}
 
         def note(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                second = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
-                if second is not None and isinstance(output, Tensor):
-                    alone = type(module).forward(module, args[0], torch.zeros_like(second))
-                    adds = torch.allclose(alone + second, output, atol=1e-4)
-                    second = second if adds else None
-                out[name] = (output, second)
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                given[name], outputs[name] = (args, kwargs), output
 
             return hook
 
         with ExitStack() as stack:
             for name in names:
-                stack.callback(hf.get_submodule(name).register_forward_hook(note(name)).remove)
+                hook = hf.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+                stack.callback(hook.remove)
             self._forward(self.batch.inputs())
+        out: dict[str, Any] = {}
+        for name in (n for n in children if n in outputs):
+            parts = [f"{name}.{x}" for x in inside[name] if f"{name}.{x}" in outputs]
+            held = {p: outputs[p] for p in parts}
+            through = parts and self._passes_on(name, held, *given[name])
+            out |= held if through else {name: outputs[name]}
         return out
+
+    def _passes_on(
+        self, name: str, held: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a module still depends on what it is given while its weights answer so."""
+        hf, generator = self.model.hf, torch.Generator().manual_seed(0)
+        module = hf.get_submodule(name)
+
+        def moved(x: Tensor) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            return x + torch.randn(x.shape, generator=generator).to(x)
+
+        with ExitStack() as stack:
+            for part, value in held.items():
+                stack.enter_context(
+                    _forward_as(hf.get_submodule(part), lambda *a, _v=value, **k: _v)
+                )
+            try:
+                old = _first(module(*args, **kwargs))
+                named = {k: moved(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+                new = _first(module(*(_map(a, moved) for a in args), **named))
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+                return False  # parts that see a few tokens each (experts): held as a whole
+        return not torch.allclose(old, new, rtol=1e-4, atol=1e-4)
 
     @contextmanager
     def _mlps_frozen(
         self, beside: Mapping[str, Any], first: int, copies: int, start: int
     ) -> Iterator[None]:
         """Blocks from `first` on add beside attention what they added in the kept run."""
-
-        def answering(value: Any, residual: Tensor | None) -> Any:
-            value = _map(value, lambda x: self._like_hidden(x, copies, start))
-            if residual is None:
-                return lambda *args, **kwargs: value
-            kept = self._like_hidden(residual, copies, start)
-            return lambda hidden, live: value + (live - kept)
-
         late = tuple(f"{name}." for name in self.blocks[first:])
         with ExitStack() as stack:
-            for name, (value, residual) in beside.items():
-                if name.startswith(late):
-                    module = self.model.hf.get_submodule(name)
-                    stack.enter_context(_forward_as(module, answering(value, residual)))
+            for name in (n for n in beside if n.startswith(late)):
+                value = _map(beside[name], lambda x: self._like_hidden(x, copies, start))
+                module = self.model.hf.get_submodule(name)
+                stack.enter_context(_forward_as(module, lambda *a, _v=value, **k: _v))
             yield
 
     @contextmanager
@@ -415,9 +478,7 @@ class Replay:
             projection = hf.get_submodule(layer.projection)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                new = projection(flat.flatten(-2))
-                return new if isinstance(kept.output, Tensor) else (new, *[None] * (
-                    len(kept.output) - 1))  # fmt: skip
+                return _instead_of(kept.output, projection(flat.flatten(-2)))
 
             with _forward_as(hf.get_submodule(layer.name), forward):
                 yield
@@ -479,6 +540,17 @@ class Replay:
                 hint="patch z instead",
             )
         return call
+
+
+def _weighted(module: nn.Module) -> list[str]:
+    """The parts of a module that hold weights themselves; none if it does so."""
+    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        return []
+    return [
+        name
+        for name, part in module.named_modules()
+        if name and any(p.dim() > 1 for p in part.parameters(recurse=False))
+    ]
 
 
 def _z(call: AttnCall, b: int, heads: slice, pattern: Tensor | None) -> Tensor:
@@ -553,6 +625,17 @@ def _expand(x: Tensor, copies: int) -> Tensor:
 def _first(value: Any) -> Tensor:
     """The first tensor of a nested output: the hidden states."""
     return value if isinstance(value, Tensor) else _first(value[0])
+
+
+def _instead_of(output: Any, first: Tensor) -> Any:
+    """What an attention module returns, with another first tensor.
+
+    Of the rest only parameters are known (a bias that the block adds later).
+    """
+    if isinstance(output, Tensor):
+        return first
+    rest = [x if isinstance(x, nn.Parameter) else None for x in output[1:]]
+    return [first, *rest] if isinstance(output, list) else (first, *rest)
 
 
 def _map(value: Any, change: Any) -> Any:

@@ -9,15 +9,22 @@ weights, instead of once for each earlier layer.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp.errors import TooLargeError
 from interp.memory import fitting
-from interp.replay import Replay, _expand, _first, _forward_as, _map
+from interp.replay import Replay, _expand, _first, _forward_as, _instead_of, _map
 from interp.seam.structure import Layer
+
+if TYPE_CHECKING:
+    from interp.model import Model
+
+_TRIED: "WeakKeyDictionary[Model, dict[tuple[str, int], bool]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,39 @@ class Step:
 
 
 def possible(replay: Replay) -> bool:
-    """Whether the model's attention modules put out the projection of z and nothing else."""
+    """Whether the batch may grow on its way through the model.
+
+    Its attention modules must put out the projection of z and nothing else, and nothing after the
+    blocks may count on the number of rows that went in (GPT-1 does). The latter is tried, once for
+    each model and size of batch.
+    """
     batch = replay.batch
-    return (
-        all(kept.plain for kept in replay.kept.values())
-        and not batch.extra
-        and batch.decoder is None
-    )
+    if (
+        not all(kept.plain for kept in replay.kept.values())
+        or batch.extra
+        or batch.decoder is not None
+    ):
+        return False
+    known = _TRIED.setdefault(replay.model, {})
+    key = replay.tower.name, len(batch)
+    if key not in known:
+        try:
+            known[key] = _gives_kept(replay)
+        except TooLargeError:  # one run at a time may fit
+            return False
+    return known[key]
+
+
+def _gives_kept(replay: Replay) -> bool:
+    """Whether runs that begin at the first and last layer, unchanged, end as the kept run."""
+    ends = {x.name: x for x in (replay.tower.layers[0], replay.tower.layers[-1])}
+    steps = [Step(x, replay.kept[x.name].z[None]) for x in ends.values()]
+    try:
+        logits = staircase(replay, steps)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return False
+    scale = float(replay.logits.abs().max().clamp_min(1))
+    return bool((logits - replay.logits).abs().max() < 1e-4 * scale)
 
 
 @torch.no_grad()
@@ -134,9 +167,7 @@ def _attention(replay: Replay, step: Step, before: int, module: nn.Module) -> Ca
     def forward(*args: Any, **kwargs: Any) -> Any:
         made = projection(step.z.flatten(0, 1).flatten(-2))
         if not before:
-            if isinstance(kept, Tensor):
-                return made
-            return (made, *[None] * (len(kept) - 1))
+            return _instead_of(kept, made)
 
         def cut(x: Tensor) -> Tensor:
             return x[: before * size] if x.dim() and x.shape[0] == rows else x
@@ -145,9 +176,8 @@ def _attention(replay: Replay, step: Step, before: int, module: nn.Module) -> Ca
             *(_map(a, cut) for a in args),
             **{k: v if k == "past_key_values" else _map(v, cut) for k, v in kwargs.items()},
         )
-        if isinstance(live, Tensor):
-            return torch.cat([live, made])
-        return (torch.cat([live[0], made]), *[None] * (len(live) - 1))
+        first = live if isinstance(live, Tensor) else live[0]
+        return _instead_of(live, torch.cat([first, made]))
 
     return forward
 

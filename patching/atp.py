@@ -216,7 +216,7 @@ def _scores(call: AttnCall, heads: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(call: AttnCall, heads: list[int]) -> Tensor:
-    return softmax_of(call, heads, *_scores(call, heads))
+    return softmax_of(call, heads, slice(0, call.n_query), *_scores(call, heads))
 
 
 def wide(x: Tensor) -> torch.dtype:

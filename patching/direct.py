@@ -26,7 +26,7 @@ from interp.errors import InputError, SiteError
 from interp.headid import HeadId
 from interp.model import Model
 from interp.prompts import PromptPair
-from interp.replay import Replay
+from interp.replay import Record, Replay
 from interp.scores import HeadScores
 from interp.seam.structure import Layer
 from patching.effects import table
@@ -65,21 +65,37 @@ def _adds(base: Replay, layer: Layer) -> bool:
     delta = noise.to(kept) * kept.std()
     z = kept.clone()
     z[:, -1] += delta
-    real = frozen_rerun(base, layer, z[None])[0]
-    resid = base.leaving(-1)[:, -1] + written(base.model, layer, delta).sum(-2)
+    end = Record(blocks=(base.blocks[-1],))
+    real = frozen_rerun(base, layer, z[None], record=end)[0]
+    added = written(base.model, layer, delta).sum(-2)
+    stream = base.leaving(-1)[:, -1]
+    if bool(added.any()) and torch.equal(end.leaving[base.blocks[-1]][:, -1], stream):
+        raise SiteError(
+            f"what heads write must pass by frozen MLPs; on {base.model.name} "
+            f"nothing of {layer.name} does",
+            hint="mlps='live' lets what the blocks add pass it on",
+        )
+    if stream.shape != added.shape:  # several streams side by side
+        return False
+    resid = stream + added
     closed = base.finish(resid[None])[0]
     change = float((real - base.logits).abs().max())
     return float((real - closed).abs().max()) <= 1e-3 * change + 1e-5
 
 
 def frozen_rerun(
-    base: Replay, layer: Layer, z: Float[Tensor, "copy batch pos head d_v"], *, mlps: str = "frozen"
+    base: Replay,
+    layer: Layer,
+    z: Float[Tensor, "copy batch pos head d_v"],
+    *,
+    mlps: str = "frozen",
+    record: Record | None = None,
 ) -> Float[Tensor, "copy batch d_vocab"]:
     """Logits with the z of one layer replaced at the last token, all other heads frozen."""
     start = base.n_pos - 1
     return base.rerun(
         {layer.name: z[:, :, start:]}, copies=z.shape[0], start=start, freeze=True,
-        freeze_mlps=mlps == "frozen",
+        freeze_mlps=mlps == "frozen", record=record,
     )  # fmt: skip
 
 
@@ -113,6 +129,7 @@ def direct_effects(
 
     Raises:
         InputError: unknown `mlps` or direction.
+        SiteError: all that heads write passes through what would be frozen.
     """
     if mlps not in MLPS:
         raise InputError(f"mlps must be frozen or live; got {mlps!r}")

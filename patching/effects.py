@@ -41,7 +41,7 @@ def table(
     `strong` is the end at which a head matters: `lower` where it was taken away, else `higher`; by
     default told from the name of the method.
     """
-    gap = float(clean.mean() - corrupted.mean())
+    gap = _gap(clean, corrupted)
     more = dict(extras or {})
     if gap:
         more["recovered"] = per_example.mean(0) / gap
@@ -66,14 +66,25 @@ def table(
     )
 
 
+_NOISE = 1e-6
+"""Differences below this share of the metric are rounding."""
+
+
+def _gap(clean: np.ndarray, corrupted: np.ndarray) -> float:
+    """Mean difference of the metric; 0 where it is no more than rounding."""
+    gap = float(clean.mean() - corrupted.mean())
+    size = float(max(np.abs(clean).max(), np.abs(corrupted).max()))
+    return gap if abs(gap) > _NOISE * size else 0.0
+
+
 def normaliser(clean: np.ndarray, corrupted: np.ndarray) -> float:
     """Mean difference of the metric between clean and corrupted runs.
 
     Raises:
         InputError: it is zero, so a share of it means nothing.
     """
-    gap = float(clean.mean() - corrupted.mean())
-    if gap == 0:
+    gap = _gap(clean, corrupted)
+    if not gap:
         raise InputError(
             f"clean and corrupted runs must differ in the metric; both have {clean.mean():g}",
             hint="choose another corruption or metric",

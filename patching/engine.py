@@ -121,10 +121,11 @@ def head_effects(
         progress: called with patched runs done and in all, one a head and pair.
 
     Returns:
-        Per-example effects; extras `recovered`: mean effect over the mean difference of the runs.
+        Per-example effects; extras `recovered`: mean effect over the mean difference of the runs,
+        left out where the runs do not differ.
 
     Raises:
-        InputError: an unknown direction, or clean and corrupted runs with equal metric.
+        InputError: an unknown direction, no pairs, or a head that is not one of the site's.
     """
     units, granularity = units_of(model, tower, site, heads)
     data = prepared(model, pairs, metric, batch_size, tower, direction)
@@ -193,7 +194,8 @@ def head_position_effects(
     if len(lengths) != 1:
         raise PairError(
             f"positions are compared across pairs, so all must have one length; got "
-            f"{', '.join(map(str, sorted(lengths)))} tokens"
+            f"{', '.join(map(str, sorted(lengths)))} tokens",
+            hint="choose the pairs of one length",
         )
     n_pos = lengths.pop()
     out = np.zeros((len(data.pairs), len(units), n_pos))
@@ -282,8 +284,12 @@ class Cell:
 
 
 def _reaches(base: Replay, layer: Layer, position: int) -> bool:
-    """In the last block of a causal model only the last position reaches the logits."""
-    last = layer.causal and layer.index == len(base.blocks) - 1
+    """In the last block only the last position reaches the logits.
+
+    That is so where positions meet in keys and values alone; a convolution or a state-space layer
+    behind the attention carries earlier ones on.
+    """
+    last = base.suffix_works and layer.index == len(base.blocks) - 1
     return not last or position == base.n_pos - 1
 
 
@@ -377,7 +383,13 @@ def units_of(
     for head in chosen:
         model.layer_of(head)
         if head not in every:
-            raise InputError(f"{head} is not a head of site {site!r} of tower {tower!r}")
+            raise InputError(
+                f"{head} is not a head of site {site!r} of tower {tower!r}, whose last is "
+                f"{every[-1]}",
+                hint="k and v are patched per key-value head"
+                if granularity == "kv"
+                else "name heads of this tower",
+            )
     return tuple(h for h in every if h in set(chosen)), granularity
 
 
@@ -404,7 +416,10 @@ def prepared(
         InputError: an unknown direction.
     """
     if direction not in DIRECTIONS:
-        raise InputError(f"direction must be noise or denoise; got {direction!r}")
+        raise InputError(
+            f"direction must be noise or denoise; got {direction!r}",
+            hint="noise patches the corrupted activation into the clean run, denoise the reverse",
+        )
     if isinstance(pairs, Pairs):
         return pairs
     return Pairs(model, pairs, metric=metric, batch_size=batch_size, tower=tower)

@@ -130,7 +130,8 @@ def window_knockout(
         progress: called with layers done and layers in all.
 
     Raises:
-        InputError: no prompts, an unknown target, a window below 1, or a row left without keys.
+        InputError: no prompts, an unknown target, a window below 1, a row left without keys, or a
+            target without probability.
         SpanError: a prompt has no such span.
     """
     if not prompts or window < 1:
@@ -159,6 +160,13 @@ def window_knockout(
             with Recipe((edit,)).on(model, spans=batch):
                 cut = _probabilities(model, batch).gather(-1, index)[:, 0]
             p = plain.gather(-1, index)[:, 0]
+            if not bool((p > 0).all()):
+                lost = some[int((p == 0).nonzero()[0])].id
+                raise InputError(
+                    f"the target must have a probability above 0 without knockout; in prompt "
+                    f"{lost or '?'} it is 0",
+                    hint="target='predicted' follows the token that the model itself predicts",
+                )
             out[at : at + len(some), column] = ((cut - p) / p).cpu()
             before[at : at + len(some)] = p.cpu()
         if progress is not None:

@@ -37,11 +37,16 @@ class PairBatch:
 
     def score(self, logits: Tensor) -> Tensor:
         """The metric of logits [..., batch, d_vocab]: [..., batch]."""
-        return per_example(self.metric.of(logits, self.bound), len(self.pairs))
+        return per_example(self.metric.of(logits, self.bound), logits)
 
     @property
     def first(self) -> int:
-        """First column in which any pair differs; nothing changes before it."""
+        """First column before which nothing can change.
+
+        That is the first in which any pair differs, where every layer looks back only.
+        """
+        if not all(x.causal for x in self.clean.tower.layers) or self.clean.batch.extra:
+            return 0
         a, b = self.clean.batch.input_ids, self.corrupted.batch.input_ids
         columns = (a != b).any(0).nonzero()
         return int(columns[0]) if len(columns) else 0
@@ -72,7 +77,9 @@ class Pairs:
         tower: str = "text",
     ) -> None:
         if not pairs:
-            raise InputError("at least one pair is needed; got none")
+            raise InputError(
+                "at least one pair is needed; got none", hint="take them from a task such as ioi"
+            )
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1; got {batch_size}")
         self.model, self.tower = model, tower

@@ -61,7 +61,10 @@ def _resample(
     """The activation of another pair of the batch, drawn at random; never the example's own."""
     n = len(batch.pairs)
     if n < 2:
-        raise InputError("resampling needs at least 2 pairs of equal length; got 1 in a batch")
+        raise InputError(
+            "resampling needs at least 2 pairs of equal length; got 1 in a batch",
+            hint="raise batch_size, or choose reference mean or zero",
+        )
     rng = random.Random("/".join(p.clean.id for p in batch.pairs))
     shift = rng.randrange(1, n)
     mine = site(other_run(batch, direction), layer)

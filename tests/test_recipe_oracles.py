@@ -188,6 +188,35 @@ def test_beams_of_a_batch_are_the_beams_of_each_prompt_alone() -> None:
         )
 
 
+def test_a_cache_that_is_repeated_goes_on_with_each_prompt_s_own_spans() -> None:
+    """Each prompt is run once, then continued by two tokens side by side."""
+    model = handle("llama")
+    batch = model.batch(prompts(), side="left")
+    recipe = Recipe([
+        Edit("bias", at("0.2", "1.1", keys=span("img")), 3.0),
+        Edit("scale", at("0.1"), torch.tensor([[2.0, 3.0, 0.0]])),
+    ])  # fmt: skip
+    tokens = torch.tensor([[11], [12]] * 3)
+    mask = torch.cat([batch.attention_mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    with recipe.on(model, spans=batch), torch.no_grad():
+        first = model.hf(**batch.inputs(), use_cache=True)
+        first.past_key_values.batch_repeat_interleave(2)
+        twice = mask.repeat_interleave(2, 0)
+        got = model.hf(
+            input_ids=tokens, attention_mask=twice, past_key_values=first.past_key_values
+        ).logits[:, -1]  # fmt: skip
+    for row, prompt in enumerate(batch.prompts):
+        for side in range(2):
+            new = Prompt((*prompt.tokens, 11 + side), prompt.spans)
+            one = Recipe([
+                recipe.edits[0],
+                Edit("scale", at("0.1"), float(recipe.edits[1].strength[0, row])),  # type: ignore[index]
+            ])  # fmt: skip
+            with one.on(model, spans=[new]), torch.no_grad():
+                want = model.hf(torch.tensor([new.tokens])).logits[0, -1]
+            torch.testing.assert_close(got[2 * row + side], want, **CLOSE)
+
+
 # Gates and schedules, row by row ------------------------------------------------------------
 
 

@@ -88,15 +88,18 @@ def bind(metric: Metric, prompts: Sequence[Prompt], device: "torch.device | str"
     )
 
 
-def per_example(values: Tensor, batch: int) -> Tensor:
-    """Check that a metric gave one number per example.
+def per_example(values: Tensor, logits: Tensor) -> Tensor:
+    """Check that a metric gave one number per example of logits [..., batch, d_vocab].
 
     Raises:
         InputError: it gave something else.
     """
-    if values.shape[-1:] != (batch,):
+    got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if got != tuple(logits.shape[:-1]):
         raise InputError(
-            f"a metric gives one number per example ({batch}); got shape {tuple(values.shape)}"
+            f"a metric gives one number per example, shape {tuple(logits.shape[:-1])} here; got "
+            f"{got}",
+            hint="reduce over the vocabulary only: logits [..., batch, d_vocab] to [..., batch]",
         )
     return values
 

@@ -76,13 +76,18 @@ def scores_of(
     return s.masked_fill(~visible, MASKED), visible
 
 
-def softmax_of(call: AttnCall, heads: Sequence[int], s: Tensor, visible: Tensor) -> Tensor:
+def softmax_of(
+    call: AttnCall, heads: Sequence[int], rows: slice, s: Tensor, visible: Tensor
+) -> Tensor:
     """The pattern of complete rows of scores, learned sinks included; 0 where nothing is seen."""
     s = s.masked_fill(~visible, MASKED)
     seen = s.amax(-1, keepdim=True) > MASKED / 2
     if call.sinks is None:
         return torch.softmax(s, -1) * seen
-    sink = call.sinks[list(heads)].to(s.dtype)[None, :, None, None]
+    if call.sinks.dim() == 4:  # [batch, head, query, 1]: each query has sinks of its own
+        sink = call.sinks[:, list(heads), rows].to(s.dtype)
+    else:
+        sink = call.sinks[list(heads)].to(s.dtype)[None, :, None, None]
     sink = sink.expand(s.shape[0], -1, s.shape[2], 1)
     return torch.softmax(torch.cat([s, sink], -1), -1)[..., :-1] * seen
 
@@ -136,7 +141,7 @@ def edited_pattern(
     s, visible = scores_of(call, heads, rows)
     visible = visible.expand(s.shape[0], s.shape[1], -1, -1)
     s, visible = score_edits(s, visible, heads, rows, edits, call.name)
-    p = softmax_of(call, heads, s, visible)
+    p = softmax_of(call, heads, rows, s, visible)
     return pattern_edits(p, visible, heads, rows, edits)
 
 

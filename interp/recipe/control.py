@@ -54,10 +54,12 @@ def controls(
     """`n` recipes on random heads matched by layer.
 
     Raises:
-        InputError: an edit names no heads, or a layer has too few others.
+        InputError: an edit names no heads, a layer has too few others, or n is below 1.
     """
     from dataclasses import replace
 
+    if n < 1:
+        raise InputError(f"the number of controls must be at least 1; got {n}", hint="n=10")
     for edit in recipe.edits:
         if edit.where.heads is None:
             raise InputError(f"a control moves heads; this edit names none: {edit}")

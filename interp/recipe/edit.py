@@ -57,7 +57,8 @@ class Edit:
             raise UnknownNameError("site", self.site, SITES)
         if self.site not in op.sites:
             raise InputError(
-                f"op {self.op!r} works at {', '.join(op.sites)}; got site {self.site!r}"
+                f"op {self.op!r} works at {', '.join(op.sites)}; got site {self.site!r}",
+                hint="leave site out for the first of these",
             )
         for name in self.params:
             if name not in op.params:

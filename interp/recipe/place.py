@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -309,10 +310,19 @@ def read_spans(spans: Spans) -> Prompts:
     if isinstance(spans, Batch):
         return spans.prompts
     if isinstance(spans, Mapping):
-        ranges = {
-            name: tuple(tuple(x) for x in r) if r and not isinstance(r[0], int) else (tuple(r),)
-            for name, r in spans.items()
-        }
+        ranges = {name: _ranges(name, r) for name, r in spans.items()}
         end = max((stop for rs in ranges.values() for _, stop in rs), default=1)
         return (Prompt((0,) * end, ranges),)
     return tuple(spans)
+
+
+def _ranges(name: str, given: Any) -> tuple[tuple[int, int], ...]:
+    """One range (start, stop) or several, as several."""
+    try:
+        several = [given] if isinstance(given[0], Integral) else list(given)
+        return tuple((int(start), int(stop)) for start, stop in several)
+    except (TypeError, ValueError, IndexError):
+        raise InputError(
+            f"span {name!r} needs a range (start, stop), or several; got {given!r}",
+            hint="spans={'image': (5, 581)}, or the batch that is run",
+        ) from None

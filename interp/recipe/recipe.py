@@ -40,6 +40,7 @@ class Recipe:
 
     Raises:
         InputError: there is no edit.
+        ModelError: the second run of a contrast was made for another model.
     """
 
     edits: tuple[Edit, ...]
@@ -49,8 +50,19 @@ class Recipe:
     def __post_init__(self) -> None:
         edits = (self.edits,) if isinstance(self.edits, Edit) else tuple(self.edits)
         if not edits:
-            raise InputError("a recipe needs at least one edit; got none")
+            raise InputError(
+                "a recipe needs at least one edit; got none",
+                hint="Recipe([Edit('zero', Where(heads=['L9H6']))])",
+            )
         object.__setattr__(self, "edits", edits)
+        # A second run of contrast that was made for a model makes the whole recipe so.
+        meant = {self.fingerprint, *(e.twin.fingerprint for e in edits if e.twin)} - {None}
+        if len(meant) > 1:
+            raise ModelError(
+                f"all edits of a recipe must be made for one model; got {len(meant)} fingerprints",
+                hint="make the recipe of the second run on the same model",
+            )
+        object.__setattr__(self, "fingerprint", next(iter(meant), None))
 
     @contextmanager
     def on(
@@ -81,19 +93,26 @@ class Recipe:
                 f"a recipe is switched on on a Model; got {type(model).__name__}",
                 hint="recipe.on(interp.load(your_model))",
             )
+        self._check_meant_for(model, force=force)
+        with switched_on(self, model, spans) as session:
+            yield session
+
+    def _check_meant_for(self, model: "Model", *, force: bool) -> None:
         if self.fingerprint is not None and not force and self.fingerprint != model.fingerprint:
             raise ModelError(
                 f"this recipe was made for the model with fingerprint {self.fingerprint}; "
                 f"{model.name} has {model.fingerprint}",
                 hint="force=True (--force) uses it all the same",
             )
-        with switched_on(self, model, spans) as session:
-            yield session
 
     def __add__(self, other: "Recipe") -> "Recipe":
         """First this recipe's edits, then the other's."""
         if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
-            raise ModelError("recipes made for different models cannot be added")
+            raise ModelError(
+                f"recipes that are added must not be made for different models; got "
+                f"{self.fingerprint} and {other.fingerprint}",
+                hint="replace(recipe, fingerprint=None) is a recipe for any model",
+            )
         return Recipe(
             self.edits + other.edits,
             self.fingerprint or other.fingerprint,
@@ -147,10 +166,15 @@ class Recipe:
 
         return explained(self, model)
 
-    def bake(self, model: "Model", *, new_bias: bool = False) -> "Model":
-        """A copy of the model with the recipe folded into its weights; see `bake.py`."""
+    def bake(self, model: "Model", *, new_bias: bool = False, force: bool = False) -> "Model":
+        """A copy of the model with the recipe folded into its weights; see `bake.py`.
+
+        Raises:
+            ModelError: it was made for another model, and `force` is not given.
+        """
         from interp.recipe.bake import baked
 
+        self._check_meant_for(model, force=force)
         return baked(self, model, new_bias=new_bias)
 
     def parameters(self) -> dict[str, Tensor]:

@@ -117,7 +117,10 @@ def _attention(model: "Model", edit: Edit, owner: int, table: Table) -> None:
 
 def _check_layer(model: "Model", layer: int, last: int) -> None:
     if not 0 <= layer <= last:
-        raise HeadIdError(f"layer {layer} is outside {model.name}, whose layers are 0 to {last}")
+        raise HeadIdError(
+            f"layer {layer} is outside {model.name}, whose layers are 0 to {last}",
+            hint="layers count from 0; for resid, one more than the last is after the last",
+        )
 
 
 def _resid(model: "Model", edit: Edit, owner: int, table: Table) -> None:

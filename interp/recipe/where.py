@@ -156,7 +156,10 @@ class Where:
         if self.layers is not None:
             layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
             if not layers:
-                raise InputError("layers must name at least one layer; got none")
+                raise InputError(
+                    "layers must name at least one layer; got none",
+                    hint="leave layers out for every layer of the tower",
+                )
             if len(set(layers)) != len(layers):
                 raise InputError(f"each layer may be named once; got {layers}")
             object.__setattr__(self, "layers", layers)
@@ -217,7 +220,10 @@ def read_heads(heads: Any) -> tuple[HeadId, ...]:
             layer, index = head
             out.append(HeadId(int(layer), int(index)))
     if not out:
-        raise InputError("heads must name at least one head; got none")
+        raise InputError(
+            "heads must name at least one head; got none",
+            hint="leave heads out for every head of the tower",
+        )
     if len(set(out)) != len(out):
         twice = next(h for h in out if out.count(h) > 1)
         raise InputError(f"each head may be named once; {twice} comes twice")
