@@ -50,22 +50,24 @@ def base_run(batch: PairBatch, direction: str) -> Replay:
     return batch.clean if direction == "noise" else batch.corrupted
 
 
+def _read_z(run: Replay, layer: Layer) -> Tensor:
+    return run.kept[layer.name].z
+
+
 def _z(pairs: Pairs, batch: PairBatch, direction: str, reference: str, layer: Layer) -> Tensor:
-    return REFERENCES[reference](
-        pairs, batch, direction, lambda run, x: run.kept[x.name].z, layer
-    )  # fmt: skip
+    return REFERENCES[reference](pairs, batch, direction, _read_z, layer)
 
 
 def _through(name: str) -> Site:
     """A site of the kernel's inputs, brought to z."""
 
+    def read(run: Replay, layer: Layer) -> Tensor:
+        value: Tensor = getattr(run.call(layer), name)
+        return value
+
     def site(
         pairs: Pairs, batch: PairBatch, direction: str, reference: str, layer: Layer
     ) -> Tensor:
-        def read(run: Replay, x: Layer) -> Tensor:
-            value: Tensor = getattr(run.call(x), name)
-            return value
-
         value = REFERENCES[reference](pairs, batch, direction, read, layer)
         heads = slice(0, layer.n_heads)
         return base_run(batch, direction).z_under(layer, heads, **{name: value})
@@ -73,17 +75,17 @@ def _through(name: str) -> Site:
     return site
 
 
+def _read_pattern(run: Replay, layer: Layer) -> Tensor:
+    call, heads = run.call(layer), slice(0, layer.n_heads)
+    rows = slice(0, call.n_query)
+    return torch.stack([call.rows(b, heads, rows) for b in range(call.z.shape[0])])
+
+
 def _pattern(
     pairs: Pairs, batch: PairBatch, direction: str, reference: str, layer: Layer
 ) -> Tensor:
     heads = slice(0, layer.n_heads)
-
-    def read(run: Replay, x: Layer) -> Tensor:
-        call = run.call(x)
-        rows = slice(0, call.n_query)
-        return torch.stack([call.rows(b, heads, rows) for b in range(call.z.shape[0])])
-
-    value = REFERENCES[reference](pairs, batch, direction, read, layer)
+    value = REFERENCES[reference](pairs, batch, direction, _read_pattern, layer)
     return base_run(batch, direction).z_under(layer, heads, pattern=value)
 
 
@@ -114,7 +116,8 @@ def head_effects(
         metric: name of a metric.
         site: `z`, `q`, `k`, `v` or `pattern`; k and v are patched per key-value head.
         direction: `noise` or `denoise`.
-        reference: `other` (the other prompt of the pair), `zero`, `mean` or `resample`.
+        reference: `other` (the other prompt of the pair), `zero`, `mean` (of the other prompts of
+            equal length and template, per position) or `resample`.
         heads: only these heads.
         batch_size: pairs at a time.
         tower: tower of the heads.

@@ -1,13 +1,14 @@
 """Pairs of clean and corrupted prompts, cut into batches of one length."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from interp.errors import InputError
+from interp.errors import InputError, SiteError
 from interp.memory import fitting, halving
 from interp.metrics import METRICS, Bound, Metric, bind, per_example
 from interp.prompts import Prompt, PromptPair
@@ -15,6 +16,7 @@ from interp.replay import Replay
 
 if TYPE_CHECKING:
     from interp.model import Model
+    from interp.seam.structure import Layer
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Pairs:
             raise InputError("ids of prompts must all be different")
         bind(self.metric, [p.clean for p in self.pairs], model.device)
         self.batch_size = batch_size
+        self._means: dict[Any, dict[str, dict[tuple[int, Any], Tensor]]] = {}
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -108,6 +111,43 @@ class Pairs:
             for _, places in sorted(by_length.items())
             for at in range(0, len(places), self.batch_size)
         ]
+
+    def kind(self, pair: PromptPair) -> tuple[int, Any]:
+        """What pairs share whose positions mean the same: length, and template where one is named.
+
+        Templates are what a task notes in `meta["template"]`.
+        """
+        return len(pair.clean), pair.clean.meta.get("template")
+
+    def means(
+        self, direction: str, site: "Callable[[Replay, Layer], Tensor]", layer: "Layer"
+    ) -> dict[tuple[int, Any], Tensor]:
+        """Mean of a site of a layer over the prompts that activations are taken from, by kind.
+
+        All pairs count, however they are cut into batches; one pass serves all layers.
+        """
+        key = (direction, site)
+        if key not in self._means:
+            total: dict[str, dict[tuple[int, Any], Tensor]] = {}
+            for _, batch in self.batches():
+                run = batch.corrupted if direction == "noise" else batch.clean
+                for some in self.model.tower(self.tower).layers:
+                    try:
+                        value = site(run, some)
+                    except SiteError:  # a layer that nobody may ask for
+                        continue
+                    sums = total.setdefault(some.name, {})
+                    for pair, x in zip(batch.pairs, value, strict=True):
+                        kind = self.kind(pair)
+                        sums[kind] = sums[kind] + x if kind in sums else x.clone()
+            count = Counter(self.kind(p) for p in self.pairs)
+            self._means[key] = {
+                name: {kind: x / count[kind] for kind, x in sums.items()}
+                for name, sums in total.items()
+            }
+        if layer.name not in self._means[key]:
+            site(self.batch(self.pairs[:1]).clean, layer)  # says why it is not reached
+        return self._means[key][layer.name]
 
     def batches(self) -> Iterator[tuple[list[int], PairBatch]]:
         """Each batch with its kept runs, and the places of its pairs."""

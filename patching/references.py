@@ -49,9 +49,9 @@ def _zero(
 def _mean(
     pairs: "Pairs", batch: "PairBatch", direction: str, site: Activation, layer: Layer
 ) -> Tensor:
-    """Mean over the batch's other prompts, per position; lengths are equal within a batch."""
-    mine = site(other_run(batch, direction), layer)
-    return mine.mean(0, keepdim=True).expand_as(mine)
+    """Mean over all other prompts of the same length and template, per position."""
+    means = pairs.means(direction, site, layer)
+    return torch.stack([means[pairs.kind(p)] for p in batch.pairs])
 
 
 @REFERENCES.register("resample")

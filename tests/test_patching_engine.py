@@ -505,3 +505,24 @@ def test_transformer_lens_gives_the_same_numbers() -> None:
     ours = head_effects(model, pairs, direction="denoise").grid()
     assert np.abs(ours).max() > 0.05
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("site", ["z", "v", "pattern"])
+def test_means_are_over_all_pairs_of_a_kind_however_they_are_cut(site: str) -> None:
+    model = tiny("llama")
+    short, long = random_pairs(3), [
+        PromptPair(*(Prompt((*x.tokens, 3), id=f"long-{x.id}", answer=x.answer, meta=x.meta)
+                     for x in (p.clean, p.corrupted)))
+        for p in random_pairs(2)
+    ]  # fmt: skip
+    for i, p in enumerate(short):
+        meta = {**p.clean.meta, "template": i % 2}
+        short[i] = PromptPair(dataclasses.replace(p.clean, meta=meta), p.corrupted)
+    want = {}
+    for kind in ([short[0], short[2]], [short[1]], long):
+        alone = head_effects(model, kind, site=site, reference="mean", batch_size=8)
+        want |= dict(zip(alone.examples, alone.per_example, strict=True))
+    for size in (1, 2, 8):
+        both = head_effects(model, [*short, *long], site=site, reference="mean", batch_size=size)
+        for name, row in zip(both.examples, both.per_example, strict=True):
+            np.testing.assert_allclose(row, want[name], atol=2e-5, err_msg=f"{size} {name}")
