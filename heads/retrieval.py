@@ -73,7 +73,7 @@ class Retrieval(DecodingDetector):
         failures = {}
         for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             produced = seen.tokens[b][: len(answer) + self.extra]
-            recall = _recall(produced, answer)
+            recall = recall_of(produced, answer)
             if recall <= self.success:
                 failures[b] = f"the answer was not produced (recall {recall:.2f})"
                 continue
@@ -104,7 +104,7 @@ class Retrieval(DecodingDetector):
         return torch.stack(found).sum(0).float() / len(tokens)
 
 
-def _recall(produced: tuple[int, ...], answer: tuple[int, ...]) -> float:
+def recall_of(produced: tuple[int, ...], answer: tuple[int, ...]) -> float:
     """Share of the answer's tokens, repeats counted, that were produced."""
     common = Counter(produced) & Counter(answer)
     return sum(common.values()) / len(answer)

@@ -1,5 +1,6 @@
 """What detectors of visual heads share: where the image is, and the prompt without it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,39 @@ def left_out(prompt: Prompt, span: str) -> Prompt:
 
 def hidden_by_mask(batch: Batch, span: str) -> Batch:
     """The batch with a span's tokens masked like padding: unseen, but in their places."""
+    return hidden_at(batch, batch.positions(span))
+
+
+def hidden_at(batch: Batch, places: Sequence[Sequence[int]]) -> Batch:
+    """The batch with some places of each row, padding counted, masked like padding."""
     mask = batch.attention_mask.clone()
-    for row, places in enumerate(batch.positions(span)):
-        mask[row, places] = 0
+    for row, hidden in enumerate(places):
+        mask[row, list(hidden)] = 0
     return replace(batch, attention_mask=mask)
+
+
+def reads_prompt(model: "Model", tower: "Tower", prompts: Sequence[Prompt], detector: str) -> None:
+    """Check that a tower's positions are those of the prompts, as their spans and patches are.
+
+    Raises:
+        InputError: the tower attends over patches or frames of its own.
+    """
+    if model.reads_tokens and any(tower.name in p.views for p in prompts):
+        raise InputError(
+            f"detector {detector!r} needs a tower over the prompt's tokens; got {tower.name!r}",
+            hint="choose the tower that reads the text",
+        )
+
+
+@torch.no_grad()
+def last_row(model: "Model", tower: "Tower", batch: Batch) -> Float[Tensor, "example layer head k"]:
+    """Where every head looks at the last token of each prompt; NaN where there is no such head."""
+    from interp.engine import read
+    from interp.readings import Rows
+
+    prompts = tuple(with_last(p) for p in batch.prompts)
+    found = read(model, replace(batch, prompts=prompts), {"row": Rows(LAST)}, tower=tower.name)
+    return found["row"].values[..., 0, :]
 
 
 @torch.no_grad()

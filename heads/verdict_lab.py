@@ -50,13 +50,14 @@ class Lab:
         controls: different controls of each effect, where there are as many.
         seed: seed of their draws.
         size: prompts at a time.
-        taken: further heads that may not be controls.
+        chosen: heads that are ablated and may not be controls.
+        claimed: heads that the detector claims; no controls where there are enough others.
         progress: called after each run of the model over the prompts.
     """
 
     def __init__(
         self, model: "Model", data: list[Prompt], scores: HeadScores, op: str, controls: int,
-        seed: int, size: int, taken: Heads, progress: Progress | None,
+        seed: int, size: int, chosen: Heads, claimed: Heads, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.model, self.data, self.op, self.size = model, data, op, size
         self.controls, self.seed, self.progress = controls, seed, progress
@@ -64,7 +65,9 @@ class Lab:
         suspect = ~(sign * scores.values < sign * scores.threshold)  # NaN is suspect
         if math.isinf(scores.threshold):
             suspect = scores.n == 0
-        self.taken = {*taken, *(h for h, s in zip(scores.heads, suspect, strict=True) if s)}
+        self.ablated = set(chosen)
+        self.alike = {*claimed, *(h for h, s in zip(scores.heads, suspect, strict=True) if s)}
+        self.drew_alike = False
         self._known: dict[frozenset[HeadId], Outcome] = {}
 
     @property
@@ -116,11 +119,27 @@ class Lab:
         return Recipe(edits) if edits else None
 
     def draws(self, heads: Heads) -> list[Heads]:
-        """Different sets of other heads, as many in each layer; from any layer if need be."""
+        """Different sets of other heads, as many in each layer; from any layer if need be.
+
+        Heads that look like the detector's are no controls, unless nearly all of them do.
+        """
+        found = self._drawn(heads, self.ablated | self.alike)
+        if found is None:
+            found = self._drawn(heads, self.ablated)
+            self.drew_alike = True
+        if found is None:
+            raise InputError(
+                f"a control needs {len(heads)} heads that are not ablated; too few are left beside "
+                f"the {len(self.ablated)} that are",
+                hint="ablate fewer heads: most=... or heads=[...]",
+            )
+        return found
+
+    def _drawn(self, heads: Heads, taken: set[HeadId]) -> list[Heads] | None:
         free: dict[tuple[str, int], list[HeadId]] = {}
         for tower in {h.tower for h in heads}:
             for h in self.model.tower(tower).heads:
-                if h not in self.taken:
+                if h not in taken:
                     free.setdefault((tower, h.layer), []).append(h)
         needed = Counter((h.tower, h.layer) for h in heads)
         pools = {place: free.get(place, []) for place in needed}
@@ -129,13 +148,8 @@ class Lab:
             pools = {
                 (t, -1): [h for (u, _), hs in free.items() if u == t for h in hs] for t, _ in needed
             }
-        for place, count in needed.items():
-            if len(pools[place]) < count:
-                raise InputError(
-                    f"a control needs {count} heads of {place[0]} that are not ablated and do not "
-                    f"look like the detector's; {len(pools[place])} are left",
-                    hint="ablate fewer heads: most=... or heads=[...]",
-                )
+        if any(len(pools[place]) < count for place, count in needed.items()):
+            return None
         # One seed for all heads of a layer: they share their controls, which are run once.
         return _different(needed, pools, self.controls, random.Random(f"{self.seed}/{needed}"))
 

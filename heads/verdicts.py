@@ -150,7 +150,7 @@ def verdict(
     _readable(model, scores, named or ())
     claimed = scores.select(fdr=fdr)
     chosen = claimed[:most] if named is None else named
-    lab = Lab(model, data, scores, op, controls, seed, batch_size, (*claimed, *chosen), progress)
+    lab = Lab(model, data, scores, op, controls, seed, batch_size, chosen, claimed, progress)
     joint_heads = tuple(h for h in chosen if h in claimed)
     stage = stage_one(lab, chosen, joint_heads)
     backed, resolved = stage_two(lab, stage, joint_heads, least, fdr)
@@ -303,6 +303,11 @@ def _note(
             notes.append("Heads were chosen on the prompts on which effects were measured.")
     if not all(e.matched for e in effects):
         notes.append("Some layers have too few other heads: controls came from all layers.")
+    if lab.drew_alike:
+        notes.append(
+            "Nearly all heads look like the detector's: so do the controls, whose effect may be "
+            "theirs."
+        )
     if effects and len(effects) * 2.0**-n > fdr and not any(e.hurts(least, fdr) for e in effects):
         enough = math.ceil(math.log2(len(effects) / fdr)) if fdr > 0 else math.inf
         notes.append(f"Too few examples for one effect among {len(effects)}: that takes {enough}.")

@@ -464,16 +464,16 @@ def test_controls_are_different_matched_and_never_suspect(llama):
     hidden = scores.per_example.copy()
     hidden[:, scores.heads.index(H(0, 3))] = np.nan
     scores = dataclasses.replace(scores, per_example=hidden)
-    lab = Lab(llama, [], scores, "zero", 100, 0, 4, claimed, None)
+    lab = Lab(llama, [], scores, "zero", 100, 0, 4, claimed, claimed, None)
     assert set(lab.draws((H(1, 1),))) == {(H(1, 0),), (H(1, 3),)}
     both = lab.draws(claimed)
     assert len(both) == len(set(both)) == 4  # {0.1, 0.2} x {1.0, 1.3}: all there are
     for heads_ in both:
         assert Counter(h.layer for h in heads_) == {0: 1, 1: 1}
         assert not {*claimed, weak, H(0, 3)} & set(heads_)
-    few = Lab(llama, [], scores, "zero", 3, 0, 4, claimed, None).draws(claimed)
+    few = Lab(llama, [], scores, "zero", 3, 0, 4, claimed, claimed, None).draws(claimed)
     assert len(set(few)) == 3 and set(few) < set(both)
-    seen = {tuple(Lab(llama, [], scores, "zero", 1, s, 4, claimed, None).draws(claimed))
+    seen = {tuple(Lab(llama, [], scores, "zero", 1, s, 4, claimed, claimed, None).draws(claimed))
             for s in range(40)}  # fmt: skip
     assert len(seen) == 4
 
@@ -482,7 +482,7 @@ def test_controls_differ_as_sets_within_a_layer(llama):
     pair = (H(1, 0), H(1, 1))
     model = load("zoo:planted-induction")  # four other heads in that layer: six pairs
     for seed in range(20):
-        found = Lab(model, [], table(model, []), "zero", 5, seed, 4, pair, None).draws(pair)
+        found = Lab(model, [], table(model, []), "zero", 5, seed, 4, pair, pair, None).draws(pair)
         assert len({frozenset(c) for c in found}) == len(found) == 5
 
 
@@ -510,9 +510,20 @@ def test_too_few_heads_for_controls_are_refused_before_anything_is_run(llama, mo
     monkeypatch.setattr(heads.verdict_lab, "outcome", lambda *a, **k: pytest.fail("was run"))
     every = list(llama.tower("text").heads)
     scores = table(llama, every[:7])
-    with pytest.raises(InputError, match=r"needs 7 heads of text .* 5 are left") as caught:
+    with pytest.raises(InputError, match=r"needs 7 heads that are not ablated") as caught:
         verdict(llama, prompts=prompts_of(), scores=scores)
     assert "most=" in caught.value.hint
+
+
+def test_where_nearly_all_heads_are_claimed_others_of_them_are_controls_and_that_is_said(llama):
+    every = list(llama.tower("text").heads)
+    found = verdict(llama, prompts=prompts_of(), scores=table(llama, every[:-1]), most=3)
+    used = {h for c in found.joint.controls for h in c}
+    assert used and not used & {h.head for h in found.heads} and used & set(every[3:-1])
+    assert "so do the controls" in found.note
+    few = verdict(llama, prompts=prompts_of(), scores=table(llama, every[:3]))
+    assert "so do the controls" not in few.note
+    assert not {h for c in few.joint.controls for h in c} & set(every[:3])
 
 
 def test_heads_beyond_most_have_no_verdict(llama):

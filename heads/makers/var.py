@@ -21,12 +21,11 @@ Kang et al. 2025 (ICLR), arXiv 2503.03321. Differences from the published code: 
 found, not written down by model; any number of examples; the last layer is really left alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -44,11 +43,11 @@ from heads.makers.shared import (
     token_tower,
     where_on,
 )
+from heads.massive import heaviest, heaviness, inputs_of, outstanding
 from interp.errors import InputError
 from interp.headid import HeadId
 from interp.prompts import Batch
 from interp.recipe import Edit, Positions, Recipe, Where
-from interp.seam.blocks import block_names, on_input
 from interp.seam.calls import AttnCall
 from interp.seam.structure import Layer, Tower
 
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from interp.model import Model
 
 CITATION = "Kang et al. 2025, arXiv 2503.03321"
-_TAU, _WIDTH, _SHARE, _EPS = 20.0, 4096, 0.1, 1e-6
+_TAU, _WIDTH = 20.0, 4096
 
 
 @dataclass(frozen=True)
@@ -184,31 +183,11 @@ def _sink_dims(
     real = batch.attention_mask.bool()
 
     def note(layer: Layer, x: Tensor) -> None:
-        sizes = x[real.to(x.device)].abs()
-        typical = sizes.median().clamp_min(torch.finfo(sizes.dtype).tiny)
-        ratios.append(sizes.amax(0).double() / typical.double())
+        ratios.append(outstanding(x[real.to(x.device)]))
 
-    with _inputs_of(model, tower, layers, note):
+    with inputs_of(model, tower, layers, note):
         model.forward(batch.inputs())
-    size = torch.stack(ratios).median(0).values
-    best = size.argsort(descending=True, stable=True)[:most]
-    return tuple(int(d) for d in best if size[d] >= _SHARE * size[best[0]])
-
-
-@contextmanager
-def _inputs_of(
-    model: "Model", tower: Tower, layers: Sequence[Layer], note: Callable[[Layer, Tensor], None]
-) -> Iterator[None]:
-    """Show the residual stream at the input of some layers, in at least float32."""
-    blocks = block_names(model, tower)
-
-    def hook(layer: Layer) -> Callable[[Tensor], None]:
-        return lambda x: note(layer, x if x.dtype == torch.float64 else x.float())
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(on_input(model.hf.get_submodule(blocks[layer.index]), hook(layer)))
-        yield
+    return heaviest(ratios, most)
 
 
 class _Finder:
@@ -236,7 +215,7 @@ class _Finder:
         if self._given is not None:
             yield
             return
-        with _inputs_of(self.model, self.tower, self.layers, self._look):
+        with inputs_of(self.model, self.tower, self.layers, self._look):
             yield
 
     def of(self, layer: Layer) -> list[tuple[int, ...]]:
@@ -252,8 +231,7 @@ class _Finder:
                 f"residual stream; got tau {tau:g} and dimensions {self.dims}"
             )
         self.tau = tau
-        rms = (x.square().mean(-1, keepdim=True) + _EPS).sqrt()
-        heavy = ((x / rms)[..., self.dims].abs().amax(-1) > tau) & self._real.to(x.device)
+        heavy = (heaviness(x, self.dims) > tau) & self._real.to(x.device)
         self._found[layer.index] = [
             tuple(int(j) - offset for j in row.nonzero()[:, 0])
             for row, offset in zip(heavy, self.batch.offsets, strict=True)

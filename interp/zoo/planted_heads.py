@@ -123,4 +123,5 @@ def _truth(length: int, repeats: int) -> Truth:
 
 @ZOO.register("planted-heads")
 def _default() -> ZooModel:
+    """Two layers of five textbook heads, one of each kind."""
     return planted_heads()

@@ -149,19 +149,23 @@ def planted_retrieval(
 
 @ZOO.register("planted-induction")
 def _induction() -> ZooModel:
+    """The induction circuit of two layers: a previous-token and an induction head, and decoys."""
     return planted_induction()
 
 
 @ZOO.register("planted-induction-gqa")
 def _induction_gqa() -> ZooModel:
+    """The induction circuit with three query heads to a key-value head."""
     return planted_induction(n_kv_heads=2)
 
 
 @ZOO.register("planted-retrieval")
 def _retrieval() -> ZooModel:
+    """The induction circuit with room for a needle: one retrieval head."""
     return planted_retrieval()
 
 
 @ZOO.register("planted-retrieval-broken")
 def _retrieval_broken() -> ZooModel:
+    """The same head looks at the needle and does not copy it: no retrieval head."""
     return planted_retrieval(copies=False)

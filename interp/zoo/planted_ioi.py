@@ -243,9 +243,11 @@ def ioi_pairs(n: int, *, corruption: str = "abc", seed: int = 0) -> list[PromptP
 
 @ZOO.register("planted-ioi")
 def _plain() -> ZooModel:
+    """A toy indirect-object circuit in which every role and every effect is known exactly."""
     return planted_ioi()
 
 
 @ZOO.register("planted-ioi-rotated")
 def _rotated() -> ZooModel:
+    """The indirect-object circuit with six random heads, its stream turned at random."""
     return planted_ioi(junk=6, rotate=True)

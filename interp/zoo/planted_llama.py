@@ -219,4 +219,5 @@ def class_prompts(
 
 @ZOO.register("planted-llama")
 def _default() -> ZooModel:
+    """A stock Llama (RMSNorm, rotary, grouped queries) with one head that matters."""
     return planted_llama()

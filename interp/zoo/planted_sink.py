@@ -123,9 +123,11 @@ def planted_nothing(
 
 @ZOO.register("planted-sink")
 def _sink() -> ZooModel:
+    """Four kinds of attention sink among heads that are none."""
     return planted_sink()
 
 
 @ZOO.register("planted-nothing")
 def _nothing() -> ZooModel:
+    """A model in which there is nothing to find."""
     return planted_nothing()

@@ -11,14 +11,20 @@ Image patches are tokens here: plain ones, two that are visual sinks, and one ob
 several kinds, so that the image, its boxes and the answer are known, and "without the image" is the
 prompt without these tokens. Where a head finds nothing to look at, it looks at BOS. BOS and the
 visual sinks share one huge dimension, as massive activations do (Kang et al. 2025, 2503.03321).
+
+In two variants a detector has nothing to find: without the first three heads nobody looks at the
+image; without the last three nobody leaves it alone. The others then stand there twice.
 """
 
+import math
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from interp.errors import InputError
 from interp.headid import HeadId
 from interp.images.patches import PatchMap, grid_patches
 from interp.prompts import Prompt, PromptPair
@@ -44,18 +50,30 @@ FIRST_KIND, FIRST_PLAIN = 2, 2 + KINDS
 FIRST_WORD = FIRST_PLAIN + PLAIN
 QUESTION = FIRST_WORD + WORDS
 GRID, PATCH = 4, 16
-OBJECT, IMAGE, SINKS, TEXT, PARK, SELF = (HeadId(0, h) for h in range(6))
+VISUAL = OBJECT, IMAGE, SINKS = (HeadId(0, 0), HeadId(0, 1), HeadId(0, 2))
+BLIND = TEXT, PARK, SELF = (HeadId(0, 3), HeadId(0, 4), HeadId(0, 5))
 MAX_POSITIONS = 256
 
 
-def planted_vlm(*, nothing: bool = False, n_kv_heads: int | None = None) -> ZooModel:
+def planted_vlm(
+    *, nothing: bool = False, seeing: bool = False, n_kv_heads: int | None = None
+) -> ZooModel:
     """Build the model of the module docstring.
 
     Args:
         nothing: leave out all heads that look at the image: six heads on the text, BOS and
-            themselves, among which nothing is to be found.
+            themselves, among which no visual head is to be found.
+        seeing: leave out all heads that do not: six heads on the object, the image and its sinks,
+            among which no head ignores the image.
         n_kv_heads: key-value heads: 6 (the default), 3, 2 or 1.
+
+    Raises:
+        InputError: both are asked for.
     """
+    if nothing and seeing:
+        raise InputError("a planted picture model can be 'nothing' or 'seeing'; got both")
+    first = BLIND if nothing else VISUAL
+    roles = (*first, *(VISUAL if seeing else BLIND))
     vocab, count = QUESTION + 1, MAX_POSITIONS
     place = bit_count(count)
     flags = {"kind": 1, "image": 1, "sink": 1, "text": 1, "bos": 1}
@@ -91,32 +109,66 @@ def planted_vlm(*, nothing: bool = False, n_kv_heads: int | None = None) -> ZooM
         }  # fmt: skip
         return HeadPlan(query, key, carried, {} if output is None else {("out", "tok"): output})
 
-    parked = HeadPlan({("bos", "one"): BETA, ("one", "one"): -BETA}, key)
-    itself = HeadPlan({("here", "here"): BETA / 2, ("one", "one"): -BETA * place / 2}, key, carried)
-    looking = [at("kind", 8 * only_kinds), at("image", 0.2 * only_kinds), at("sink")]
-    heads = [*([at("text"), parked, itself] if nothing else looking), at("text"), parked, itself]
+    same: Links = {("here", "here"): BETA / 2, ("one", "one"): -BETA * place / 2}
+    plans = {
+        OBJECT: at("kind", 8 * only_kinds),
+        IMAGE: at("image", 0.2 * only_kinds),
+        SINKS: at("sink"),
+        TEXT: at("text"),
+        PARK: HeadPlan({("bos", "one"): BETA, ("one", "one"): -BETA}, key),
+        SELF: HeadPlan(same, key, carried),
+    }
+    heads = [plans[role] for role in roles]
     names = ["<bos>", "<sink>"]
     for word, size in (("kind", KINDS), ("plain", PLAIN), ("w", WORDS)):
         names += [f"{word}{i}" for i in range(size)]
     names.append("?")
     return ZooModel(
-        assemble(stream, [heads], n_kv_heads=n_kv_heads), _truth(nothing), word_tokenizer(names)
+        assemble(stream, [heads], n_kv_heads=n_kv_heads), _truth(roles), word_tokenizer(names)
     )
 
 
-def _truth(nothing: bool) -> Truth:
-    see = frozenset() if nothing else frozenset({OBJECT, IMAGE, SINKS})
-    point = frozenset() if nothing else frozenset({OBJECT})
-    heads = {"vision-head-divergence": see, "visual-attention": see, "region-grounding": point}
+def _truth(roles: tuple[HeadId, ...]) -> Truth:
+    """What must be found among heads of these roles, each called by its place in the default."""
     patches = GRID * GRID
-    scores = {} if nothing else {
-        "visual-attention": dict.fromkeys(see, 1.0) | dict.fromkeys((TEXT, PARK, SELF), 0.0),
+    found = {
+        "vision-head-divergence": VISUAL,
+        "visual-attention": VISUAL,
+        "region-grounding": (OBJECT,),
+        "visual-retrieval": (OBJECT,),
+        "localisation": (OBJECT,),
+        "visual-sink": (SINKS,),
+        # To a head that looks evenly at the image, one quarter of it is like another.
+        "image-sensitivity": (OBJECT, SINKS),
+        # An image token that looks at itself looks at the image.
+        "inactive-visual": (TEXT, PARK),
+    }
+    blind = dict.fromkeys(BLIND, 0.0)
+    # What is seen (a token, one-hot) against what is seen when it is gone (BOS, one-hot).
+    turned = 1 / math.sqrt(2)
+    scores: Mapping[str, Mapping[HeadId, float]] = {
+        "visual-attention": dict.fromkeys(VISUAL, 1.0) | blind,
         "region-grounding": {OBJECT: 1.0, IMAGE: 1 / patches, SINKS: 0.0},
-    }  # fmt: skip
+        "visual-retrieval": {OBJECT: 1.0, SINKS: 0.0} | blind,
+        "localisation": {OBJECT: 1.0, IMAGE: 0.0} | blind,
+        "visual-sink": {OBJECT: 0.0, IMAGE: 2 / patches, SINKS: 1.0} | blind,
+        "image-sensitivity": {OBJECT: turned, SINKS: turned} | blind,
+        "inactive-visual": dict.fromkeys((*VISUAL, SELF), 0.0) | {TEXT: 1.0, PARK: 1.0},
+    }
+    if not set(VISUAL) & set(roles):
+        scores = {}
+    places = {role: [h for h, r in enumerate(roles) if r == role] for role in set(roles)}
+
+    def here(role: HeadId) -> list[HeadId]:
+        return [HeadId(0, h) for h in places.get(role, [])]
+
     return Truth(
-        heads=heads,
-        scores=scores,
-        task=dict.fromkeys(heads, ("shapes", {})),
+        heads={name: frozenset(h for role in rs for h in here(role)) for name, rs in found.items()},
+        scores={
+            name: {h: x for role, x in known.items() for h in here(role)}
+            for name, known in scores.items()
+        },
+        task=dict.fromkeys(found, ("shapes", {})),
         note="weights written by formula; the image is a grid of tokens",
     )
 
@@ -190,3 +242,9 @@ def _default() -> ZooModel:
 def _nothing() -> ZooModel:
     """The same without any head that looks at the image."""
     return planted_vlm(nothing=True)
+
+
+@ZOO.register("planted-vlm-seeing")
+def _seeing() -> ZooModel:
+    """The same with heads that look at the image and no others."""
+    return planted_vlm(seeing=True)

@@ -17,15 +17,16 @@ def shipped(name: str, truth: Truth) -> ZooModel:
 
 
 def _weighted(cls: Any, name: str) -> Any:
-    """A model with its shipped weights; from_pretrained would show a progress bar."""
-    from safetensors.torch import load_file
+    """A model with its shipped weights, in float32, without a progress bar."""
+    from transformers.utils import logging
 
-    folder = WEIGHTS / name
-    model = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
-    # What is left out is tied, or a buffer that the class makes itself.
-    lacking, unknown = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    model.tie_weights()
-    assert not unknown and all(x.startswith("lm_head") or "position_ids" in x for x in lacking)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = cls.from_pretrained(WEIGHTS / name, local_files_only=True, dtype="float32")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.eval()
 
 

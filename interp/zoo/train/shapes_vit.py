@@ -120,7 +120,7 @@ def main() -> None:
     right = accuracy(model)
     print(f"right: {right:.3f}")
     if args.out:
-        model.save_pretrained(args.out)
+        model.half().save_pretrained(args.out)
         processor().save_pretrained(args.out)
         size = sum(p.numel() for p in model.parameters())
         (args.out / "README.md").write_text(

@@ -11,6 +11,7 @@ trained after that. Training scenes come from the skewed world, tests from all o
 """
 
 import argparse
+import copy
 import random
 import time
 from pathlib import Path
@@ -199,9 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--evaluate", type=Path)
-    parser.add_argument("--eye-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--eye-steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -256,9 +257,9 @@ def processor(words: Any) -> Any:
 
 
 def save(model: Any, words: Any, folder: Path) -> None:
-    """Weights, tokenizer and processor."""
+    """Weights in half precision, tokenizer and processor."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    copy.deepcopy(model).half().save_pretrained(folder)
     processor(words).save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)
