@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, ReadingDetector
-from heads.sight import reads_prompt
 from interp.errors import InputError
 from interp.prompts import Batch, Prompt, Range
 from interp.readings import Reading, SpanMass
@@ -100,7 +99,6 @@ class InactiveVisual(ReadingDetector):
         control: Mapping[str, Tensor] | None,
     ) -> Outcome:
         """See `ReadingDetector`."""
-        reads_prompt(model, tower, batch.prompts, self.name)
         image, rest = answers["image"], answers["rest"]
         undefined = image.isnan() | rest.isnan()
         # By products: a head that sees nothing but the image has no ratio.

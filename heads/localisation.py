@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, ReadingDetector
-from heads.sight import LAST, reads_prompt, with_last
+from heads.sight import LAST, with_last
 from interp.errors import InputError
 from interp.images.patches import PatchMap
 from interp.prompts import Batch, Prompt
@@ -106,7 +106,6 @@ class Localisation(ReadingDetector):
         control: Mapping[str, Tensor] | None,
     ) -> Outcome:
         """See `ReadingDetector`."""
-        reads_prompt(model, tower, batch.prompts, self.name)
         row = answers["row"][..., 0, :]
         score = row.new_full(row.shape[:3], math.nan)
         null, mass, reached = score.clone(), score.clone(), score.clone()

@@ -52,19 +52,25 @@ def outstanding(x: Float[Tensor, "token d_model"]) -> Float[Tensor, " d_model"]:
     return sizes.amax(0).double() / typical.double()
 
 
-def heaviest(sizes: Sequence[Float[Tensor, " d_model"]], most: int) -> tuple[int, ...]:
+def heaviest(
+    sizes: Sequence[Float[Tensor, " d_model"]], most: int, *, least: float = 0.0
+) -> tuple[int, ...]:
     """The dimensions of the largest size in the median layer, largest first.
 
     Args:
         sizes: what `outstanding` says of each layer.
         most: how many at most; none below a tenth of the largest is taken.
+        least: size below which none is taken; Sun et al. call entries of 1,000 medians massive.
     """
     size = torch.stack(list(sizes)).median(0).values
     best = size.argsort(descending=True, stable=True)[:most]
-    return tuple(int(d) for d in best if size[d] >= _SHARE * size[best[0]])
+    enough = max(least, float(_SHARE * size[best[0]]))
+    return tuple(int(d) for d in best if size[d] >= enough)
 
 
 def heaviness(x: Float[Tensor, "*batch d_model"], dims: Sequence[int]) -> Float[Tensor, "*batch"]:
-    """φ of each token."""
+    """φ of each token; 0 without sink dimensions."""
+    if not dims:
+        return x.new_zeros(x.shape[:-1])
     rms = (x.square().mean(-1, keepdim=True) + _EPS).sqrt()
     return (x / rms)[..., list(dims)].abs().amax(-1)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, ReadingDetector
-from heads.sight import LAST, with_last
+from heads.sight import LAST, seen_by, with_last
 from interp.errors import InputError
 from interp.prompts import Batch, Prompt
 from interp.readings import Reading, Rows
@@ -86,6 +86,7 @@ class RegionGrounding(ReadingDetector):
         row = answers["row"][..., 0, :]
         share = row.new_full(row.shape[:3], math.nan)
         pointing, null = share.clone(), share.clone()
+        batch = seen_by(batch, tower)
         regions = batch.positions(self.region)
         for b, (image, region) in enumerate(zip(batch.positions(self.span), regions, strict=True)):
             inside = [place in set(region) for place in image]

@@ -19,9 +19,38 @@ LAST = "last token"
 
 
 def with_last(prompt: Prompt) -> Prompt:
-    """The prompt with a span of its last token, from which the next one is decided."""
+    """The prompt with a span of its last token, from which the next one is decided.
+
+    A vision tower decides from its class token; its views get the span there if they have one.
+    """
     n = len(prompt)
-    return replace(prompt, spans={**prompt.spans, LAST: ((n - 1, n),)})
+    views = {
+        tower: tuple(
+            replace(row, spans={**row.spans, LAST: row.spans["cls"]}) if "cls" in row.spans else row
+            for row in rows
+        )
+        for tower, rows in prompt.views.items()
+    }
+    return replace(prompt, spans={**prompt.spans, LAST: ((n - 1, n),)}, views=views)
+
+
+def seen_by(batch: Batch, tower: "Tower") -> Batch:
+    """The batch in positions of a tower.
+
+    Raises:
+        InputError: an example has several images or tiles, of which each is a row of the tower.
+    """
+    seen = batch.view(tower.name)
+    if seen is None:
+        return batch
+    rows, owners = seen
+    if owners != tuple(range(len(batch))):
+        raise InputError(
+            f"tower {tower.name!r} must see one image a prompt here; got {len(owners)} rows for "
+            f"{len(batch)} prompts",
+            hint="give prompts with one image each, or read the text tower",
+        )
+    return rows
 
 
 def left_out(prompt: Prompt, span: str) -> Prompt:

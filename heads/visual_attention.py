@@ -3,7 +3,8 @@
     w = Σ_{j in the image} A[last, j]                            image mass, the score, in [0, 1]
     c = 1 − H(p) / log n,   p = A[last, image] / w               concentration, in [0, 1]
 
-The query is the last token of the prompt, from which the first token of the answer is decided. The
+The query is the last token of the prompt, from which the first token of the answer is decided (in a vision
+tower, the class token). The
 null is the image's share of the tokens that this query sees, which is what a head that looks at
 nothing in particular gives it.
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, ReadingDetector
-from heads.sight import LAST, with_last
+from heads.sight import LAST, seen_by, with_last
 from interp.prompts import Batch, Prompt
 from interp.readings import Reading, Rows
 
@@ -71,6 +72,7 @@ class VisualAttention(ReadingDetector):
         row = answers["row"][..., 0, :]
         mass = row.new_full(row.shape[:3], math.nan)
         narrow, null = mass.clone(), mass.clone()
+        batch = seen_by(batch, tower)
         for b, places in enumerate(batch.positions(self.span)):
             seen = row[b][..., places]
             mass[b] = seen.sum(-1).clamp(max=1)

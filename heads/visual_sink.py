@@ -10,9 +10,10 @@ looks evenly at the image gives them. Extra: `image_centric`, whether the head l
 (at least `least`) and not at its sinks (at most `rho` of it): the heads VAR moves attention in.
 
 Sink dimensions are found on each example alone, so that they do not depend on the company it is
-scored in: the entries that are largest, as a multiple of the median entry, in the median layer
-(`heads.massive`; the layers between the first two and the last, where there are some). `dims` gives
-them instead, as for VAR.
+scored in: those whose largest entry, as a multiple of the median entry, is largest in the median
+layer (`heads.massive`; of the layers between the first two and the last, where there are some), and
+at least `massive`. A model without any has no sinks: all scores are then 0. `dims` gives the
+dimensions instead.
 
 The published threshold, 20 with 4096 dimensions, is here relative: no φ exceeds √d_model, so that
 below 400 dimensions 20 would find no sink at all. The published code knows the sink dimensions of
@@ -53,6 +54,7 @@ class VisualSink(WatchingDetector):
         least: image mass below which a head does not look at the image.
         dims: sink dimensions, such as `1415,2533`; `found` looks for them.
         most: how many are looked for.
+        massive: least size of a sink dimension, as a multiple of the median entry.
         span: what counts as the image.
     """
 
@@ -61,6 +63,7 @@ class VisualSink(WatchingDetector):
     least: float = 0.2
     dims: str = FOUND
     most: int = 2
+    massive: float = 1000.0
     span: str = "image"
 
     name: ClassVar[str] = "visual-sink"
@@ -99,7 +102,7 @@ class VisualSink(WatchingDetector):
 
         def look(layer: Layer, x: Tensor) -> None:
             tau = self.tau_rel * math.sqrt(x.shape[-1])
-            if max(map(max, dims)) >= x.shape[-1]:
+            if max((d for mine in dims for d in mine), default=0) >= x.shape[-1]:
                 raise InputError(
                     f"visual-sink:dims lie in 0..{x.shape[-1] - 1}, the width of the residual "
                     f"stream; got {self.dims}"
@@ -151,6 +154,6 @@ class VisualSink(WatchingDetector):
             for mine, one, there in zip(sizes, x, real.to(x.device), strict=True):
                 mine.append(outstanding(one[there]))
 
-        with torch.no_grad(), inputs_of(model, tower, middle, note):
+        with inputs_of(model, tower, middle, note):
             model.forward(batch.inputs())
-        return [heaviest(mine, self.most) for mine in sizes]
+        return [heaviest(mine, self.most, least=self.massive) for mine in sizes]

@@ -1,5 +1,6 @@
 """`interp.load`: one way in for every kind of model."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,9 +173,15 @@ def _from_pretrained(
         ) from error
     if tokenizer is None:
         tokenizer = _optional(tf.AutoTokenizer, source, common)
-    if processor is None and hasattr(config, "vision_config"):
+    if processor is None and _reads_images(hf):
         processor = _optional(tf.AutoProcessor, source, common)
+        if not hasattr(processor, "image_processor"):  # none, or a tokenizer in its place
+            processor = _optional(tf.AutoImageProcessor, source, common)
     return Model(hf.eval().to(device), tokenizer, processor, name=source, example=example)
+
+
+def _reads_images(hf: Any) -> bool:
+    return "pixel_values" in inspect.signature(hf.forward).parameters
 
 
 def _class_for(config: Any) -> Any:

@@ -10,6 +10,14 @@ or with token ids, where spans are ranges of tokens:
 
     {"tokens": [1, 5, 9, 9], "spans": {"needle": [[1, 3]]}, "answer": [9]}
 
+or with images, whose paths are relative to the file, and boxes on them in pixels (left, top,
+right, bottom), each a span of the tokens that look at it:
+
+    {"image": "cat.png", "text": "What is this?", "boxes": {"ear": [10, 4, 31, 25]}}
+    {"images": ["a.png", "b.png"], "text": "<image> and <image>", "boxes": {"x": [1, [0, 0, 8, 8]]}}
+
+where [1, box] is a box on the second image. A vision transformer alone needs no text.
+
 An answer in text is tokenised as it stands: write the space it begins with. Blank lines are
 skipped. A file is JSONL if its name says so (.jsonl, .ndjson, .json) or if it is not a .txt file
 and begins with a brace; `-` is the standard input.
@@ -18,23 +26,33 @@ and begins with a brace; `-` is the standard input.
 the line, what must hold, what came.
 """
 
-import difflib
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.errors import PromptFileError
+from interp.errors import InputError, PromptFileError
+from interp.images.lines import Box, boxes_of, images_of
+from interp.jsonlines import (
+    STDIN,
+    answer_of,
+    brief,
+    bytes_of,
+    id_of,
+    ids_of,
+    mapping_of,
+    numbered,
+    refuse_doubles,
+    refuse_unknown,
+    whole,
+)
 from interp.prompts import Prompt, Range
 
 if TYPE_CHECKING:
     from interp.model import Model
 
-STDIN = "-"
 _JSON_NAMES = (".jsonl", ".ndjson", ".json")
-_KEYS = ("text", "tokens", "spans", "answer", "id")
+_KEYS = ("text", "tokens", "spans", "answer", "id", "image", "images", "boxes")
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,8 @@ class Line:
         spans: name to ranges, of characters of the text or of tokens.
         answer: text or token ids, if any.
         id: name of the prompt; `line-N` unless the file names it.
+        images: files of its images.
+        boxes: name to image and box in its pixels.
     """
 
     place: str
@@ -56,6 +76,8 @@ class Line:
     spans: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
     answer: str | tuple[int, ...] | None = None
     id: str = ""
+    images: tuple[Path, ...] = ()
+    boxes: Mapping[str, tuple[int, Box]] = field(default_factory=dict)
 
 
 def read_prompts(path: str | Path, model: "Model") -> list[Prompt]:
@@ -73,14 +95,7 @@ def read_file(path: str | Path) -> list[Line]:
     Raises:
         PromptFileError: no such file, not UTF-8, empty, or a line that is not a prompt.
     """
-    if str(path) == STDIN:
-        return parse(sys.stdin.buffer.read(), "<stdin>")
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise PromptFileError(f"prompts must be in a file; {path}: {reason}") from error
-    return parse(data, str(path))
+    return parse(*bytes_of(path))
 
 
 def parse(data: bytes, name: str) -> list[Line]:
@@ -88,36 +103,22 @@ def parse(data: bytes, name: str) -> list[Line]:
 
     Args:
         data: UTF-8, with or without a byte order mark.
-        name: how errors call the file; its suffix says what it holds.
+        name: how errors call the file; its suffix says what it holds, and images are looked for
+            in its folder.
 
     Raises:
         PromptFileError: the bytes are not prompts.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data[: error.start].count(b"\n") + 1
-        raise PromptFileError(
-            f"{name}, line {number}: prompts must be UTF-8; got byte 0x{data[error.start]:02x}",
-            hint="save the file as UTF-8",
-        ) from None
-    # Only "\n" ends a line: other separators may stand inside a JSON string.
-    lines = [(i, x.removesuffix("\r")) for i, x in enumerate(text.split("\n"), 1) if x.strip()]
-    if not lines:
-        raise PromptFileError(f"{name}: a prompt file must hold at least one prompt; it is empty")
+    lines = numbered(data, name)
     structured = name.lower().endswith(_JSON_NAMES) or (
         not name.lower().endswith(".txt") and lines[0][1].lstrip().startswith("{")
     )
     read = _from_json if structured else _from_text
-    prompts = [read(line, f"{name}, line {number}", f"line-{number}") for number, line in lines]
-    first: dict[str, Line] = {}
-    for prompt in prompts:
-        if prompt.id in first:
-            raise PromptFileError(
-                f"{prompt.place}: ids must all be different; {prompt.id!r} is also the id of "
-                f"{first[prompt.id].place}"
-            )
-        first[prompt.id] = prompt
+    folder = Path(name).parent
+    prompts = [
+        read(line, f"{name}, line {number}", f"line-{number}", folder) for number, line in lines
+    ]
+    refuse_doubles([(prompt.id, prompt.place) for prompt in prompts])
     return prompts
 
 
@@ -131,66 +132,52 @@ def to_prompts(lines: Sequence[Line], model: "Model") -> list[Prompt]:
     return [_prompt(line, model) for line in lines]
 
 
-def _from_text(line: str, place: str, id: str) -> Line:
+def _from_text(line: str, place: str, id: str, folder: Path) -> Line:
     return Line(place, line, None, id=id)
 
 
-def _from_json(line: str, place: str, id: str) -> Line:
-    content = _mapping(line, place)
-    for key in content:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS)}"
-            raise PromptFileError(f"{place}: there is no key {key!r} in a prompt", hint=hint)
-    if ("text" in content) == ("tokens" in content):
+def _from_json(line: str, place: str, id: str, folder: Path) -> Line:
+    return line_of(mapping_of(line, place), place, id, folder)
+
+
+def line_of(content: Mapping[str, Any], place: str, id: str, folder: Path) -> Line:
+    """One prompt from the mapping that says it.
+
+    Args:
+        content: the mapping.
+        place: for error texts.
+        id: its name unless the mapping has one.
+        folder: where its images are looked for.
+
+    Raises:
+        PromptFileError: it does not say a prompt.
+    """
+    refuse_unknown(content, _KEYS, place, "a prompt")
+    images = images_of(content, folder, place)
+    boxes = boxes_of(content, len(images), place)
+    alone = bool(images) and "text" not in content and "tokens" not in content
+    if ("text" in content) == ("tokens" in content) and not alone:
         came = "both" if "text" in content else "neither"
         raise PromptFileError(f"{place}: a prompt has either text or tokens; got {came}")
     text = content.get("text")
     if text is not None and (not isinstance(text, str) or not text):
-        raise PromptFileError(f"{place}: text must be a text that is not empty; got {_brief(text)}")
-    tokens = _ids(content["tokens"], place, "tokens") if "tokens" in content else None
+        raise PromptFileError(f"{place}: text must be a text that is not empty; got {brief(text)}")
+    tokens = ids_of(content["tokens"], place, "tokens") if "tokens" in content else None
+    if images and tokens is not None:
+        raise PromptFileError(
+            f"{place}: images belong to a text; got tokens",
+            hint="the processor writes the tokens of an image into the text",
+        )
     body: str | tuple[int, ...] | None = text if tokens is None else tokens
+    if alone:
+        body = ""
     if body is None:
         raise PromptFileError(f"{place}: text must be a text that is not empty; got null")
-    answer = content.get("answer")
-    if answer is not None and not (isinstance(answer, str) and answer):
-        answer = _ids(answer, place, "answer")
-    name = content.get("id", id)
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise PromptFileError(f"{place}: id must be a text or a number; got {_brief(name)}")
-    return Line(place, text, tokens, _spans(content.get("spans"), body, place), answer, str(name))
-
-
-def _mapping(line: str, place: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise PromptFileError(f"{place}: a key may stand once; {twice[0]!r} stands twice")
-        return dict(pairs)
-
-    try:
-        content = json.loads(line, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise PromptFileError(
-            f"{place}: every line must be JSON; column {error.colno}: {error.msg.lower()}",
-            hint="one mapping a line; plain text prompts belong in a .txt file",
-        ) from None
-    except RecursionError:
-        raise PromptFileError(f"{place}: every line must be JSON; it is nested too deep") from None
-    if not isinstance(content, dict):
-        raise PromptFileError(
-            f"{place}: every line must be a JSON mapping; got {_brief(content)}",
-            hint='write {"text": "..."}',
-        )
-    return content
-
-
-def _ids(value: Any, place: str, key: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value or not all(_whole(x) and x >= 0 for x in value):
-        what = "token ids" if key == "tokens" else "a text or token ids"
-        raise PromptFileError(f"{place}: {key} must be {what}, at least one; got {_brief(value)}")
-    return tuple(value)
+    answer = answer_of(content, "answer", place)
+    spans = _spans(content.get("spans"), body, place)
+    if images and isinstance(answer, tuple):
+        raise PromptFileError(f"{place}: the answer to an image must be a text; got token ids")
+    return Line(place, text, tokens, spans, answer, id_of(content, id, place), images, boxes)
 
 
 def _spans(value: Any, body: str | tuple[int, ...], place: str) -> dict[str, tuple[Range, ...]]:
@@ -198,7 +185,7 @@ def _spans(value: Any, body: str | tuple[int, ...], place: str) -> dict[str, tup
         return {}
     if not isinstance(value, dict):
         raise PromptFileError(
-            f"{place}: spans must map names to lists of ranges; got {_brief(value)}",
+            f"{place}: spans must map names to lists of ranges; got {brief(value)}",
             hint='write {"needle": [[start, stop]]}',
         )
     spans = {}
@@ -208,8 +195,7 @@ def _spans(value: Any, body: str | tuple[int, ...], place: str) -> dict[str, tup
         items = [given] if isinstance(given, str) else given
         if not isinstance(items, list) or not items:
             raise PromptFileError(
-                f"{place}: span {name!r} must be a list of ranges [start, stop]; got "
-                f"{_brief(given)}"
+                f"{place}: span {name!r} must be a list of ranges [start, stop]; got {brief(given)}"
             )
         spans[name] = tuple(_range(item, body, f"{place}: span {name!r}") for item in items)
     return spans
@@ -220,14 +206,14 @@ def _range(item: Any, body: str | tuple[int, ...], where: str) -> Range:
         times = sum(body.startswith(item, at) for at in range(len(body))) if item else 0
         if times != 1:
             raise PromptFileError(
-                f"{where} must stand in the text exactly once; {_brief(item)} stands there "
+                f"{where} must stand in the text exactly once; {brief(item)} stands there "
                 f"{times} times",
                 hint="give its characters as [start, stop]",
             )
         start = body.index(item)
         return start, start + len(item)
-    if not isinstance(item, list) or len(item) != 2 or not all(map(_whole, item)):
-        raise PromptFileError(f"{where} must be ranges [start, stop]; got {_brief(item)}")
+    if not isinstance(item, list) or len(item) != 2 or not all(map(whole, item)):
+        raise PromptFileError(f"{where} must be ranges [start, stop]; got {brief(item)}")
     start, stop = item
     if not 0 <= start < stop <= len(body):
         unit = "characters" if isinstance(body, str) else "tokens"
@@ -237,37 +223,64 @@ def _range(item: Any, body: str | tuple[int, ...], where: str) -> Range:
     return start, stop
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
 def _prompt(line: Line, model: "Model") -> Prompt:
+    if line.images:
+        return _with_images(line, model)
     spans: Mapping[str, tuple[Range, ...]]
     if line.tokens is not None:
         tokens, spans = line.tokens, line.spans
     else:
         assert line.text is not None
         tokens, spans = _tokenised(line, line.text, model)
-    answer = line.answer
-    if isinstance(answer, str):
-        encoded = _call(line, model, answer, add_special_tokens=False)
-        answer = tuple(encoded.input_ids)
-    for ids, what in ((tokens, "the prompt"), (answer, "the answer")):
-        if ids is not None and not ids:
-            raise PromptFileError(f"{line.place}: {what} must hold at least one token; got none")
-        if ids and not 0 <= min(ids) <= max(ids) < model.vocabulary:
-            raise PromptFileError(
-                f"{line.place}: token ids must lie in 0..{model.vocabulary - 1} for {model.name}; "
-                f"{what} has {max(ids)}"
-            )
+    _inside(tokens, line.place, model, "the prompt")
+    answer = tokens_of(line.answer, line.place, model, "the answer")
     if tokens[0] == model.bos_id:
         spans = {"bos": ((0, 1),), **spans}
     return Prompt(tokens, spans, id=line.id, answer=answer)
+
+
+def tokens_of(
+    value: str | tuple[int, ...] | None, place: str, model: "Model", what: str
+) -> tuple[int, ...] | None:
+    """The token ids of an answer: its own, or those of its text as it stands.
+
+    Args:
+        value: the answer, if there is one.
+        place: for error texts.
+        model: the model.
+        what: what it is called in error texts.
+
+    Raises:
+        PromptFileError: it has no token, or one that the model does not have.
+    """
+    if isinstance(value, str):
+        value = tuple(_call(place, model, value, add_special_tokens=False).input_ids)
+    if value is not None:
+        _inside(value, place, model, what)
+    return value
+
+
+def _inside(ids: tuple[int, ...], place: str, model: "Model", what: str) -> None:
+    if not ids:
+        raise PromptFileError(f"{place}: {what} must hold at least one token; got none")
+    if not 0 <= min(ids) <= max(ids) < model.vocabulary:
+        raise PromptFileError(
+            f"{place}: token ids must lie in 0..{model.vocabulary - 1} for {model.name}; "
+            f"{what} has {max(ids)}"
+        )
+
+
+def _with_images(line: Line, model: "Model") -> Prompt:
+    from interp.images.prompt import image_prompt
+
+    assert line.answer is None or isinstance(line.answer, str)
+    try:
+        return image_prompt(
+            model, line.text, line.images, boxes=line.boxes, spans=line.spans, answer=line.answer,
+            id=line.id,
+        )  # fmt: skip
+    except InputError as error:
+        raise PromptFileError(f"{line.place}: {error}", hint=error.hint) from error
 
 
 def _tokenised(
@@ -275,14 +288,14 @@ def _tokenised(
 ) -> tuple[tuple[int, ...], dict[str, tuple[Range, ...]]]:
     """Token ids of a text, and the ranges of tokens that its ranges of characters touch."""
     if not line.spans:
-        return tuple(_call(line, model, text).input_ids), {}
+        return tuple(_call(line.place, model, text).input_ids), {}
     if model.tokenizer is not None and not getattr(model.tokenizer, "is_fast", False):
         raise PromptFileError(
             f"{line.place}: spans in text need a tokenizer that says where its tokens stand; that "
             f"of {model.name} does not",
             hint="give tokens instead of text, with spans in tokens",
         )
-    encoded = _call(line, model, text, return_offsets_mapping=True)
+    encoded = _call(line.place, model, text, return_offsets_mapping=True)
     spans = {
         name: tuple(_cover(encoded.offset_mapping, r, f"{line.place}: span {name!r}") for r in rs)
         for name, rs in line.spans.items()
@@ -301,16 +314,28 @@ def _cover(offsets: Sequence[Range], characters: Range, where: str) -> Range:
     return inside[0], inside[-1] + 1
 
 
-def _call(line: Line, model: "Model", text: str, **options: bool) -> Any:
+def _call(place: str, model: "Model", text: str, **options: bool) -> Any:
     tokenizer: Callable[..., Any] | None = model.tokenizer
     if tokenizer is None:
         raise PromptFileError(
-            f"{line.place}: text needs a tokenizer and {model.name} has none",
+            f"{place}: text needs a tokenizer and {model.name} has none",
             hint='give token ids: {"tokens": [1, 2, 3]}',
         )
     try:
         return tokenizer(text, **options)
     except Exception as error:  # noqa: BLE001 - tokenizers without <unk> raise a bare Exception
         raise PromptFileError(
-            f"{line.place}: the tokenizer of {model.name} must know the text; it says: {error}"
+            f"{place}: the tokenizer of {model.name} must know the text; it says: {error}"
         ) from None
+
+
+__all__ = [
+    "STDIN",
+    "Line",
+    "line_of",
+    "parse",
+    "read_file",
+    "read_prompts",
+    "to_prompts",
+    "tokens_of",
+]

@@ -10,6 +10,7 @@ Pattern A has rows that sum to one, or to less where the layer has learned sinks
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +68,54 @@ class Same(Relation):
         return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
+class Binning(ABC):
+    """Which bin each (query, key) pair of a prompt belongs to."""
+
+    @abstractmethod
+    def bins(self, prompt: Prompt) -> PairArray:
+        """Bins [query, key] from 0; −1 for pairs of none. Without padding."""
+
+
+@dataclass(frozen=True)
+class Rings(Binning):
+    """Patches by their Chebyshev distance on the grid: 0 itself, 1 its up to 8 neighbours, ….
+
+    Tokens that stand for no pixels (class token, registers, padding) belong to no ring, nor do
+    patches of different images, tiles or frames.
+    """
+
+    def bins(self, prompt: Prompt) -> PairArray:
+        """See `Binning.bins`.
+
+        Raises:
+            InputError: which pixels the tokens stand for is not known.
+        """
+        if prompt.patches is None:
+            raise InputError(
+                f"rings need patches; prompt {prompt.id or '?'} has none",
+                hint="make it with interp.images.image_prompt",
+            )
+        out = np.full((len(prompt), len(prompt)), -1, dtype=np.int64)
+        grids: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+        for p in prompt.patches:
+            key = p.image, -1 if p.tile is None else p.tile, p.frame
+            grids.setdefault(key, []).append((p.position, p.row, p.column))
+        for members in grids.values():
+            position, *place = np.array(members).T
+            far = np.max([np.abs(x[:, None] - x[None]) for x in place], axis=0)
+            out[np.ix_(position, position)] = far
+        return out
+
+
 class Reading:
-    """Base of all readings: one value per example and head, unless a reading says its shape."""
+    """Base of all readings: one value per example and head, unless a reading says its shape.
+
+    Attributes:
+        averages: whether values of several images of one example may be averaged, whatever their
+            shape; single numbers always may.
+    """
+
+    averages: ClassVar[bool] = False
 
 
 def _check_sample(sample: int | None) -> None:
@@ -92,6 +139,31 @@ class PairMass(Reading):
     relation: Relation
     query: str = "all"
     per: str = "query"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("query", "entry"):
+            raise InputError(f"per must be 'query' or 'entry'; got {self.per!r}")
+
+
+@dataclass(frozen=True)
+class BinMass(Reading):
+    """Mean over queries of the mass in each bin of pairs: [example, layer, head, bin].
+
+    Attributes:
+        binning: the bins.
+        query: only queries of this span; those without a pair in any bin never count.
+        per: `query` sums the keys of a bin (an empty bin has 0), so that the bins of a query sum to
+            its mass on all of them; `entry` takes the mean over the keys of a bin, over the queries
+            that have any there.
+
+    Range [0, 1]; NaN beyond the last bin of an example.
+    """
+
+    binning: Binning
+    query: str = "all"
+    per: str = "query"
+
+    averages: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.per not in ("query", "entry"):

@@ -15,7 +15,8 @@ from interp.model import Model
 
 WORDS = ("<unk>", "<s>", "</s>", "<pad>", "what", "is", "this", "the", "a", "cat", "dog", "?", ".")
 MARKS = (
-    "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]",
+    "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
     "<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<start_of_image>", "<end_of_image>",
     "<image_soft_token>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
     *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
@@ -62,7 +63,7 @@ def without_mixing(hf: torch.nn.Module) -> torch.nn.Module:
     """Attention of the tower adds nothing, so that a patch is read at its own place alone."""
     with torch.no_grad():
         for name, value in hf.named_parameters():
-            if any(x in name for x in ("out_proj", "attn.proj", "projection_layer")) and (
+            if any(x in name for x in ("out_proj", "attn.proj", "projection_layer", "o_proj")) and (
                 "vision" in name or "visual" in name
             ):
                 value.zero_()
@@ -112,7 +113,93 @@ def llava_full() -> Case:
     return _case(tf.LlavaForConditionalGeneration, config, words, processor, "<image>")
 
 
-PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+SIDES = ("height", "width")
+
+
+@dataclass
+class PixtralProcessor:
+    """Does as the one of transformers, which needs torchvision."""
+
+    image_processor: Any
+    tokenizer: Any
+    square: int
+    image_token: str = "[IMG]"
+
+    def __call__(self, *, text: Any, images: Any, return_tensors: str, **options: Any) -> Any:
+        images = images if isinstance(images, list) else [images]
+        made = self.image_processor(
+            images, return_tensors=return_tensors, patch_size=dict.fromkeys(SIDES, self.square)
+        )
+        whole = text if isinstance(text, str) else text[0]
+        replaced = []
+        for height, width in made["image_sizes"].tolist():
+            row = "[IMG]" * (width // self.square) + "[IMG_BREAK]"
+            new = (row * (height // self.square)).removesuffix("[IMG_BREAK]") + "[IMG_END]"
+            start = whole.index("[IMG]", replaced[-1]["new_span"][1] if replaced else 0)
+            replaced.append({"new_span": (start, start + len(new))})
+            whole = whole[:start] + new + whole[start + 5 :]
+        offsets = options.pop("return_offsets_mapping", False)
+        words = self.tokenizer(
+            [whole], return_tensors=return_tensors, return_offsets_mapping=offsets
+        )
+        return {**words, **made, "text_replacement_offsets": [replaced]}
+
+
+def _pixtral(cls: Any, config: Any, merge: int) -> Case:
+    words = tokenizer(image_token="[IMG]")
+    images = tf.PixtralImageProcessorPil(
+        size={"longest_edge": 48}, patch_size={"height": 4, "width": 4}
+    )
+    processor = PixtralProcessor(images, words, 4 * merge)
+    return _case(cls, config, words, processor, "[IMG]")
+
+
+def llava_pixtral() -> Case:
+    tower = tf.PixtralVisionConfig(**EYE, head_dim=8, image_size=48, patch_size=4)
+    config = tf.LlavaConfig(
+        vision_config=tower, text_config=tf.LlamaConfig(**TEXT), image_token_id=mark("[IMG]"),
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return _pixtral(tf.LlavaForConditionalGeneration, config, 1)
+
+
+def mistral3() -> Case:
+    tower = tf.PixtralVisionConfig(**EYE, head_dim=8, image_size=48, patch_size=4)
+    config = tf.Mistral3Config(
+        vision_config=tower, text_config=tf.MistralConfig(**TEXT), image_token_id=mark("[IMG]"),
+        vision_feature_layer=-1, spatial_merge_size=2,
+    )  # fmt: skip
+    return _pixtral(tf.Mistral3ForConditionalGeneration, config, 2)
+
+
+def vipllava() -> Case:
+    config = tf.VipLlavaConfig(
+        vision_config=_clip(40, 5), text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=mark("<image>"), vision_feature_layers=[-1, -2],
+    )  # fmt: skip
+    words = tokenizer(image_token="<image>")
+    processor = tf.LlavaProcessor(
+        _clip_images(40), words, patch_size=5, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return _case(tf.VipLlavaForConditionalGeneration, config, words, processor, "<image>")
+
+
+def siglip() -> Case:
+    text = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 100,
+    }  # fmt: skip
+    config = tf.SiglipConfig(
+        text_config=text, vision_config={**EYE, "image_size": 28, "patch_size": 4}
+    )
+    images = tf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    words = tokenizer()
+    processor = tf.SiglipProcessor(images, words)
+    return _case(tf.SiglipModel, config, words, processor, "", decoder="")
+
+
+PINPOINTS = [[48, 48], [72, 24], [24, 48], [48, 24], [24, 72]]
 
 
 def llava_next() -> Case:
@@ -288,7 +375,7 @@ def smolvlm() -> Case:
     )  # fmt: skip
     words = tokenizer()
     images = tf.SmolVLMImageProcessorPil(
-        size={"longest_edge": 72}, max_image_size={"longest_edge": 24}
+        size={"longest_edge": 68}, max_image_size={"longest_edge": 24}
     )
     processor = tf.Idefics3Processor(images, words, image_seq_len=9)
     cls = tf.SmolVLMForConditionalGeneration
@@ -371,7 +458,8 @@ def _case(
 
 
 TEXTUAL = {
-    "llava": llava, "llava_full": llava_full, "llava_next": llava_next,
+    "llava": llava, "llava_full": llava_full, "vipllava": vipllava,
+    "llava_pixtral": llava_pixtral, "mistral3": mistral3, "llava_next": llava_next,
     "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl, "paligemma": paligemma, "gemma3": gemma3, "internvl": internvl,
     "idefics3": idefics3, "smolvlm": smolvlm,
@@ -380,7 +468,7 @@ ALONE = {
     "vit": vit, "clip_vision": clip_vision, "siglip_vision": siglip_vision, "deit": deit,
     "dinov2": dinov2, "dinov2_with_registers": dinov2_with_registers, "dinov3_vit": dinov3_vit,
 }  # fmt: skip
-ALL = {**TEXTUAL, **ALONE, "clip": clip}
+ALL = {**TEXTUAL, **ALONE, "clip": clip, "siglip": siglip}
 
 
 @cache

@@ -10,6 +10,7 @@ these models have attention that adds nothing, so that no patch hears of another
 
 import random
 
+import images_kit as kit
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from images_kit import ALL, ALONE, TEXTUAL, case, ramp
 from PIL import Image
 
 from interp.engine import _inputs
-from interp.images import image_prompt
+from interp.images import image_prompt, prompt_from_tensors
 from interp.images.patches import PatchMap
 from interp.images.plane import Settings
 from interp.prompts import Prompt
@@ -58,6 +59,8 @@ def planes(prompt: Prompt, name: str) -> dict[tuple[int, int | None], np.ndarray
             start = at
         assert start == len(pixels)
         return out
+    if name in ("llava_pixtral", "mistral3"):
+        return {(i, None): (x.transpose(1, 2, 0) * std + mean) * 255 for i, x in enumerate(pixels)}
     sides = pixels.shape[-3:]
     for row, seen in zip(pixels.reshape(-1, *sides), prompt.views["vision"], strict=False):
         first = seen.patches.patches[0]
@@ -98,7 +101,7 @@ def test_boxes_of_the_tower_are_where_the_colours_come_from(name, size):
 
 
 def merge_of(name: str) -> int:
-    return {"gemma3": 2, "internvl": 2, "idefics3": 2, "smolvlm": 2}.get(
+    return {"gemma3": 2, "internvl": 2, "idefics3": 2, "smolvlm": 2, "mistral3": 2}.get(
         name, 2 if name in QWEN else 1
     )
 
@@ -245,3 +248,90 @@ def test_what_changes_with_pixels_touches_them(name):
     finally:
         settings.image_processor.resample = old
     assert hits > 60
+
+
+@pytest.mark.parametrize(
+    "name", ["llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl", "qwen2_vl"]
+)
+def test_tiles_are_counted_as_the_processor_does(name):
+    """Any size: were a rule of another count, tensors and tokens would not fit the map."""
+    rng = random.Random(name)
+    sizes = [(rng.randint(6, 150), rng.randint(6, 150)) for _ in range(40)]
+    for width, height in [*sizes, (6, 150), (150, 6), (24, 24), (48, 24), (12, 24), (9, 11)]:
+        prompt = made(name, Image.new("RGB", (width, height), "red"))
+        shown = np.array([p.box for p in prompt.patches])
+        corners = (*shown[:, :2].min(0), *shown[:, 2:].max(0))
+        assert corners == pytest.approx((0, 0, width, height), abs=1.01)
+
+
+def test_parts_of_elongated_images_are_mapped():
+    it = kit.gemma3()
+    it.model.processor.images_kwargs = {"do_pan_and_scan": True}
+    prompt = image_prompt(it.model, "a cat ?", ramp(112, 37))
+    assert len(prompt.views["vision"]) == 4
+    first, second = (prompt.patches.positions(image=0, tile=i) for i in (0, 1))
+    assert prompt.positions("image-0/tile-0") == list(first)
+    assert len(first) == len(second) == 16
+    mean, std = np.full(3, 0.5), np.full(3, 0.5)
+    for seen, pixels in zip(prompt.views["vision"], prompt.inputs["pixel_values"], strict=True):
+        levels = (pixels.permute(1, 2, 0).numpy() * std + mean) * 255
+        for p in seen.patches:
+            part = levels[p.row * 4 : p.row * 4 + 4, p.column * 4 : p.column * 4 + 4].mean((0, 1))
+            assert abs(part[0] / 255 * 112 - (p.box[0] + p.box[2]) / 2) < 1
+            assert abs(part[1] / 255 * 37 - (p.box[1] + p.box[3]) / 2) < 1
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_frames_of_videos_follow_the_images(name):
+    """Two images beside a video of four frames, as tensors: frames change one by one."""
+    it = case(name)
+    gen = torch.Generator().manual_seed(0)
+    grids = torch.tensor([[1, 4, 6], [1, 2, 4]])
+    video = torch.tensor([[2, 4, 8]])
+    mark, film = kit.mark("<|image_pad|>"), kit.mark("<|video_pad|>")
+    between = [5] if name == "qwen3_vl" else []  # which writes the time between frames
+    ids = [5, *[mark] * 6, 6, *[film] * 8, *between, *[film] * 8, *[mark] * 2, 7]
+    ids = torch.tensor([ids])
+    inputs = {
+        "input_ids": ids, "image_grid_thw": grids, "video_grid_thw": video,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(32, 3 * 2 * 36, generator=gen),
+        "pixel_values_videos": torch.randn(64, 3 * 2 * 36, generator=gen),
+        "mm_token_type_ids": (ids == mark).long() + 2 * (ids == film).long(),
+    }  # fmt: skip
+    sizes = [(60, 41), (25, 12), (96, 48)]
+    prompt = prompt_from_tensors(it.model, inputs, sizes=sizes)
+    assert prompt.positions("image-2/frame-0") == list(range(8, 16))
+    by = len(between)
+    assert prompt.positions("image-2/frame-2") == list(range(16 + by, 24 + by))
+    assert prompt.span("image-1") == ((24 + by, 26 + by),)
+    assert prompt.positions("image") == [i for i, t in enumerate(ids[0]) if t in (mark, film)]
+    assert prompt.patches.grids()[2, None, 2] == (2, 4)
+    images, frames = prompt.views["vision"]
+    assert frames.positions("image-2/frame-2") == list(range(32, 64)) and len(images) == 32
+    assert images.span("image-2") == () and "image-0" in frames.spans
+    base = _decoded(it, prompt)
+    for image, frame in ((0, 0), (1, 0), (2, 0), (2, 2)):
+        for p in prompt.patches:
+            if (p.image, p.frame) != (image, frame):
+                continue
+            changed = {k: v.clone() for k, v in inputs.items()}
+            key = "pixel_values_videos" if image == 2 else "pixel_values"
+            columns = {0: 3, 1: 2, 2: 4}[image]
+            start = {0: 0, 1: 24, 2: 0}[image] + 32 * (frame // 2)
+            at = start + 4 * (p.row * columns + p.column)
+            changed[key][at : at + 4] += 1.0
+            other = prompt_from_tensors(it.model, changed, sizes=sizes)
+            assert differs(base, _decoded(it, other)) == {p.position}
+
+
+def _decoded(it, prompt: Prompt) -> torch.Tensor:
+    seen = []
+    hook = it.model.hf.get_submodule(it.decoder).register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["inputs_embeds"][0].detach()), with_kwargs=True
+    )
+    try:
+        it.model.forward(it.model.batch([prompt]).inputs())
+    finally:
+        hook.remove()
+    return seen[0]

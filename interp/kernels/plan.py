@@ -16,6 +16,7 @@ from torch import Tensor
 from interp.errors import InputError, SiteError, SpanError
 from interp.prompts import Batch
 from interp.readings import (
+    BinMass,
     Distance,
     Entropy,
     KeyMass,
@@ -117,6 +118,7 @@ class Group:
         sample: rows asked for, or None if all are read.
         columns: [example, key, c] or None.
         wants: which per-row quantities are needed: `entropy`, `keymass`, `top`, `rows`.
+        bins: reading name to the bins [row, key] of each example, 0 for none, and their number.
         reducers: reading name to the function that makes its values from the per-row quantities.
     """
 
@@ -126,12 +128,15 @@ class Group:
     sample: int | None
     columns: Tensor | None = None
     wants: set[str] = field(default_factory=set)
+    bins: dict[str, tuple[list[Tensor], int]] = field(default_factory=dict)
     reducers: dict[str, Reducer] = field(default_factory=dict)
 
     @property
     def appendable(self) -> bool:
         """Whether columns on the model's own kernel answer all of it."""
-        return self.columns is not None and not self.wants and self.sample is None
+        if self.wants or self.bins:
+            return False
+        return self.columns is not None and self.sample is None
 
     def add_columns(self, columns: Tensor) -> slice:
         """Append columns [example, key, c]; returns where they stand."""
@@ -216,6 +221,10 @@ def compile_plan(
                 g = group(reading.query, reading.sample)
                 at = g.add_columns(_indicator(keys, reading.key)[..., None])
                 g.reducers[name] = _linear(g, at)
+            case BinMass():
+                g = group(reading.query, None)
+                g.bins[name] = _binned(reading, g, queries, keys)
+                g.reducers[name] = _bin_mass(g, name, reading.per)
             case Distance():
                 g = group(reading.query, reading.sample)
                 at = g.add_columns(_ramp(keys))
@@ -296,11 +305,15 @@ def _ramp(side: Side) -> Tensor:
     return torch.stack([torch.ones_like(place), place], dim=-1).expand(len(side.batch), -1, -1)
 
 
-def _related(reading: PairMass, queries: Side, keys: Side) -> Pairs:
+def _tokens_both(queries: Side, keys: Side) -> None:
     if queries.n is not None or keys.n is not None or queries.batch is not keys.batch:
         raise SiteError(
             "relations between tokens need queries and keys that are both the prompt's tokens"
         )
+
+
+def _related(reading: PairMass, queries: Side, keys: Side) -> Pairs:
+    _tokens_both(queries, keys)
     out = []
     batch = queries.batch
     for prompt, offset in zip(batch.prompts, batch.offsets, strict=True):
@@ -313,6 +326,42 @@ def _related(reading: PairMass, queries: Side, keys: Side) -> Pairs:
         weight = torch.full((len(pairs),), 1 / max(n, 1), dtype=torch.float64)
         out.append((pairs[:, 0] + offset, pairs[:, 1] + offset, weight))
     return Pairs(tuple(out))
+
+
+def _binned(
+    reading: BinMass, group: Group, queries: Side, keys: Side
+) -> tuple[list[Tensor], int]:
+    _tokens_both(queries, keys)
+    out = []
+    batch = queries.batch
+    for prompt, offset, rows in zip(batch.prompts, batch.offsets, group.rows, strict=True):
+        bins = torch.from_numpy(reading.binning.bins(prompt)) + 1
+        whole = bins.new_zeros(len(rows), keys.width)
+        whole[:, offset : offset + len(prompt)] = bins[rows - offset]
+        out.append(whole)
+    return out, max(int(x.max()) if x.numel() else 0 for x in out)
+
+
+def _bin_mass(group: Group, name: str, per: str) -> Reducer:
+    listed, n = group.bins[name]
+    count = [
+        torch.zeros(len(x), n + 1, dtype=torch.float64).scatter_add_(1, x, torch.ones(x.shape).double())
+        for x in listed
+    ]  # fmt: skip
+
+    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
+        values = []
+        for mass, keys in zip(rows[f"bins/{name}"], count, strict=True):
+            keys = keys[:, 1:].to(mass)
+            any_key = (keys.sum(1) > 0).to(mass)
+            weight = any_key[:, None].expand_as(keys)
+            if per == "entry":
+                mass, weight = mass / keys.clamp(min=1), (keys > 0).to(mass)
+            x = (mass * weight).sum(1) / weight.sum(0)  # 0 / 0 is NaN: nobody has such keys
+            values.append(x.masked_fill((keys.sum(0) == 0), math.nan))
+        return torch.stack(values), None
+
+    return reduce
 
 
 def _linear(group: Group, at: slice) -> Reducer:

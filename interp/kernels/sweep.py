@@ -20,8 +20,9 @@ def rows(call: AttnCall, group: Group) -> dict[str, list[Tensor]]:
 
     Returns:
         Of those the group wants: `columns` [head, row, c], `entropy` [head, row], `top`
-        [head, row], `rows` [head, row, key], `keymass` [head, key] (weighted sum over rows) and,
-        for sampled groups, `keymass_se2` [head, key] (its squared standard error).
+        [head, row], `rows` [head, row, key], `bins/NAME` [head, row, bin], `keymass` [head, key]
+        (weighted sum over rows) and, for sampled groups, `keymass_se2` [head, key] (its squared
+        standard error).
     """
     out: dict[str, list[Tensor]] = {}
     for b, listed in enumerate(group.rows):
@@ -89,6 +90,10 @@ def _example(call: AttnCall, group: Group, b: int, listed: Tensor) -> dict[str, 
             out[name] = new(n_heads, n_rows)
     if "rows" in group.wants:
         out["rows"] = new(n_heads, n_rows, n_key)
+    bins = {}
+    for name, (listed_bins, n) in group.bins.items():
+        out[f"bins/{name}"] = new(n_heads, n_rows, n)
+        bins[name] = listed_bins[b].to(call.z.device)
     weights = group.weights[b].to(out_like := new(0))
     if "keymass" in group.wants:
         out["keymass"] = new(n_heads, n_key)
@@ -120,6 +125,11 @@ def _example(call: AttnCall, group: Group, b: int, listed: Tensor) -> dict[str, 
                 out["top"][heads, at:stop] = p.argmax(-1).to(call.dtype)
             if "rows" in group.wants:
                 out["rows"][heads, at:stop, :keys] = p
+            for name, place in bins.items():
+                to = out[f"bins/{name}"]
+                held = p.new_zeros(*p.shape[:2], to.shape[-1] + 1)
+                held.scatter_add_(2, place[None, at:stop, :keys].expand_as(p), p)
+                to[heads, at:stop] = held[..., 1:]
     return out
 
 

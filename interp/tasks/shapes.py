@@ -114,6 +114,7 @@ class Shapes(PairTask):
         habitual: ask about shapes of habit only.
         corruption: `paint` (what is asked about gets another colour), `blank` (grey image), `blur`,
             `mask` (the box of what is asked about is grey) or `swap` (another scene).
+        wanted: colour of the thing that matters to a plain vision transformer.
     """
 
     kind: str = "color"
@@ -121,6 +122,7 @@ class Shapes(PairTask):
     faint: float = 0.0
     habitual: bool = False
     corruption: str = "paint"
+    wanted: str = "red"
 
     summary: ClassVar[str] = "questions about coloured shapes on a grid, with their boxes"
     spans: ClassVar[tuple[str, ...]] = ("image", "thing")
@@ -152,10 +154,18 @@ class Shapes(PairTask):
         rng = random.Random(f"ask/{place}")
         return scene, ask(scene, self.kind, rng, habitual=self.habitual)
 
+    def picture(self, place: str) -> tuple[Scene, Question]:
+        """A scene with the wanted colour; its shape is what a vision transformer is asked for."""
+        scene = make_scene(place, world=self.world, faint=self.faint, needs=(self.wanted,))
+        thing = scene.find(self.wanted)
+        assert thing is not None
+        return scene, Question("shape", f"what is {self.wanted} ?", thing.shape, thing)
+
     def _pair(self, model: "Model", place: str, name: str) -> PromptPair:
-        scene, asked = self.scene(place)
+        alone = not model.reads_tokens
+        scene, asked = self.picture(place) if alone else self.scene(place)
         clean = _prompt(model, scene, scene.pixels, asked, name)
-        other, wrong = self._corrupted(scene, asked, place)
+        other, wrong = self._corrupted(scene, asked, place, (self.wanted,) if alone else ())
         corrupted = _prompt(model, scene, other, asked, f"{name}-{self.corruption}")
         if wrong and model.tokenizer is not None:
             ids = model.tokenizer(wrong, add_special_tokens=False).input_ids
@@ -163,7 +173,9 @@ class Shapes(PairTask):
             corrupted = replace(corrupted, meta={**corrupted.meta, "wrong": ids[0]})
         return PromptPair(clean, corrupted)
 
-    def _corrupted(self, scene: Scene, asked: Question, place: str) -> tuple[np.ndarray, str]:
+    def _corrupted(
+        self, scene: Scene, asked: Question, place: str, needs: tuple[str, ...]
+    ) -> tuple[np.ndarray, str]:
         """Another image, and the answer it calls for where that is known."""
         rng = random.Random(f"corrupt/{place}")
         thing = asked.thing
@@ -172,7 +184,7 @@ class Shapes(PairTask):
                 taken = {t.colour for t in scene.things}
                 colour = rng.choice([c for c in COLOURS if c not in taken])
                 painted = make_scene(
-                    place, world=self.world, faint=self.faint,
+                    place, world=self.world, faint=self.faint, needs=needs,
                     paint={(thing.row, thing.column): colour},
                 )  # fmt: skip
                 return painted.pixels, colour if self.kind == "color" else ""

@@ -1,0 +1,1 @@
+"""One file for each family of models; each registers itself in `interp.images.layouts`."""
