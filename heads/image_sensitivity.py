@@ -70,7 +70,7 @@ class ImageSensitivity(WatchingDetector):
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """See `WatchingDetector`."""
         stack = model.tower(tower) if tower else next(iter(model.towers.values()))
-        reads_prompt(model, stack, prompts, self.name)
+        reads_prompt(stack, prompts, self.name)
         batch = model.batch(prompts)
         seen, row = last_z(model, stack, batch), last_row(model, stack, batch)
         mass = row.flatten(1, 2).nanmean(1).cpu()

@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, ReadingDetector
-from heads.sight import LAST, with_last
+from heads.sight import LAST, seen_by, with_last
 from interp.errors import InputError
 from interp.images.patches import PatchMap
 from interp.prompts import Batch, Prompt
@@ -109,6 +109,7 @@ class Localisation(ReadingDetector):
         row = answers["row"][..., 0, :]
         score = row.new_full(row.shape[:3], math.nan)
         null, mass, reached = score.clone(), score.clone(), score.clone()
+        batch = seen_by(batch, tower)
         for b, (prompt, offset) in enumerate(zip(batch.prompts, batch.offsets, strict=True)):
             assert prompt.patches is not None
             cells = cells_of(prompt.patches)

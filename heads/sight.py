@@ -82,13 +82,13 @@ def hidden_at(batch: Batch, places: Sequence[Sequence[int]]) -> Batch:
     return replace(batch, attention_mask=mask)
 
 
-def reads_prompt(model: "Model", tower: "Tower", prompts: Sequence[Prompt], detector: str) -> None:
-    """Check that a tower's positions are those of the prompts, as their spans and patches are.
+def reads_prompt(tower: "Tower", prompts: Sequence[Prompt], detector: str) -> None:
+    """Check that a tower's positions are those of the prompts, which can be masked and decoded.
 
     Raises:
         InputError: the tower attends over patches or frames of its own.
     """
-    if model.reads_tokens and any(tower.name in p.views for p in prompts):
+    if any(tower.name in p.views for p in prompts):
         raise InputError(
             f"detector {detector!r} needs a tower over the prompt's tokens; got {tower.name!r}",
             hint="choose the tower that reads the text",

@@ -25,15 +25,17 @@ Source: Wang et al. 2025, arXiv 2506.05344 (SparseMM); code CR400AF-A/SparseMM.
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from heads.detector import DETECTORS, DecodingDetector, Outcome
 from heads.retrieval import recall_of
+from heads.sight import reads_prompt
 from interp.decode import decode
 from interp.errors import InputError
 from interp.prompts import Prompt
@@ -74,11 +76,13 @@ class VisualRetrieval(DecodingDetector):
 
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """See `DecodingDetector`."""
+        stack = model.tower(tower) if tower else next(iter(model.towers.values()))
+        reads_prompt(stack, prompts, self.name)
         answers = [_answer(p) for p in prompts]
         regions = [regions_of(model, p) for p in prompts]
         batch = model.batch(prompts, side="left")
         longest = max(map(len, answers)) + self.extra
-        seen = decode(model, batch, max_new_tokens=longest, tower=tower)
+        seen = decode(model, batch, max_new_tokens=longest, tower=stack.name)
         values = torch.full(seen.top.shape[:3], math.nan)
         null, image = values.clone(), values.clone()
         failures = {}
@@ -124,11 +128,12 @@ class VisualRetrieval(DecodingDetector):
 def regions_of(model: "Model", prompt: Prompt) -> dict[int, str]:
     """The region that each token names: token id to span.
 
-    Words are texts, or ids of tokens where the model has no tokenizer or a word is an id of the
-    answer and not its text.
+    Words are texts, or ids of tokens: where the model has no tokenizer, and where all are numbers
+    of which none is a word of the answer.
 
     Raises:
-        InputError: the prompt does not say which words have regions, or names an unknown id.
+        InputError: the prompt does not say which words have regions, or has texts that nobody
+            can make tokens of.
     """
     words = prompt.meta.get(WORDS)
     if not words:
@@ -138,27 +143,29 @@ def regions_of(model: "Model", prompt: Prompt) -> dict[int, str]:
             hint="use the task shapes, or say in the prompt file which word is seen where",
         )
     tokenizer = model.tokenizer
-    by_id = tokenizer is None or any(
-        str(i) in words and tokenizer.decode([i]).strip() != str(i) for i in prompt.answer or ()
-    )
+    by_id = all(str(word).isdecimal() for word in words)
+    if tokenizer is not None:
+        by_id = by_id and words.keys().isdisjoint(
+            re.findall(r"\w+", tokenizer.decode(list(_answer(prompt))))
+        )
+    elif not by_id:
+        raise InputError(
+            f"meta[{WORDS!r}] must name ids of tokens, as {model.name} has no tokenizer; prompt "
+            f"{prompt.id or '?'} has: {', '.join(map(str, words))}"
+        )
     named: dict[int, set[str]] = {}
     for word, span in words.items():
-        if by_id and not str(word).isdecimal():
-            raise InputError(
-                f"meta[{WORDS!r}] must name ids of tokens here; prompt {prompt.id or '?'} has "
-                f"{word!r}"
-            )
         for token in [int(word)] if by_id else _tokens(tokenizer, str(word)):
             named.setdefault(token, set()).add(str(span))
     return {token: spans.pop() for token, spans in named.items() if len(spans) == 1}
 
 
-def _tokens(tokenizer: object, word: str) -> set[int]:
-    """Tokens of a word at the beginning of a text or within it."""
-    encode = tokenizer.__call__  # type: ignore[operator]
-    found = {i for text in (word, f" {word}") for i in encode(text, add_special_tokens=False)[
-        "input_ids"]}  # fmt: skip
-    return found - {getattr(tokenizer, "unk_token_id", None)}
+def _tokens(tokenizer: Any, word: str) -> set[int]:
+    """Tokens of a word at the beginning of a text or within it; no unknown or blank ones."""
+    found: set[int] = set()
+    for text in (word, f" {word}"):
+        found |= set(tokenizer(text, add_special_tokens=False).input_ids)
+    return {i for i in found - {tokenizer.unk_token_id} if tokenizer.decode([i]).strip()}
 
 
 def _answer(prompt: Prompt) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ class VisualSink(WatchingDetector):
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """See `WatchingDetector`."""
         stack = model.tower(tower) if tower else next(iter(model.towers.values()))
-        reads_prompt(model, stack, prompts, self.name)
+        reads_prompt(stack, prompts, self.name)
         batch = model.batch(prompts)
         dims = self._dims(model, stack, batch)
         images = batch.positions(self.span)

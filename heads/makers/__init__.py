@@ -54,6 +54,12 @@ class Maker:
         given = inspect.signature(self.make).parameters.values()
         return {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at prompts."""
+        inputs = inspect.signature(self.make).parameters["inputs"]
+        return inputs.default is inputs.empty
+
 
 MAKERS: Registry[Maker] = Registry("recipe maker", "heads.makers")
 
@@ -78,12 +84,23 @@ def make_recipe(
         InputError: a value is not of the parameter's type, a text stands for prompts or positions,
             or what the maker raises.
     """
+    return MAKERS[name].make(model, inputs, **read_params(name, params or {}))
+
+
+def read_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a maker, texts read as what they stand for.
+
+    Raises:
+        UnknownNameError: no such maker, or no such parameter.
+        InputError: a value is not of the parameter's type, or a text stands for prompts or
+            positions.
+    """
     from interp.tasks import read_like
 
     entry = MAKERS[name]
     known = entry.params
     values = {}
-    for key, value in (params or {}).items():
+    for key, value in params.items():
         if key not in known:
             raise UnknownNameError(f"parameter of recipe maker {name!r}", key, known)
         if isinstance(value, str):
@@ -92,7 +109,7 @@ def make_recipe(
             plain = isinstance(default, bool | int | float | str)
             value = read_like(default, value, f"{name}:{key}") if plain else _listed(value)
         values[key] = value
-    return entry.make(model, inputs, **values)
+    return values
 
 
 def _check_text(entry: Maker, key: str, text: str) -> None:
@@ -117,4 +134,4 @@ def _listed(text: str) -> Any:
     return tuple(parts)
 
 
-__all__ = ["MAKERS", "Inputs", "Maker", "make_recipe", "maker"]
+__all__ = ["MAKERS", "Inputs", "Maker", "make_recipe", "maker", "read_params"]
