@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from patching.prune import greedy_prune as greedy_prune
     from patching.prune import joint_effects as joint_effects
     from patching.prune import leave_one_out as leave_one_out
+    from patching.relevance import perturbation as perturbation
+    from patching.relevance import relevance_maps as relevance_maps
     from patching.repair import self_repair as self_repair
     from patching.verify import verify_top as verify_top
 
@@ -54,6 +56,8 @@ _HOMES = {
     "make_method": "patching.method",
     "ov_circuit": "patching.composition",
     "path_effects": "patching.path",
+    "perturbation": "patching.relevance",
+    "relevance_maps": "patching.relevance",
     "qk_circuit": "patching.composition",
     "self_repair": "patching.repair",
     "top_heads": "patching.circuit",

@@ -105,7 +105,7 @@ def trace(run: Replay, *, start: Tensor | None = None) -> tuple[Trace, Tensor]:
             stack.callback(projection.register_forward_hook(written(layer.name)).remove)
         stack.enter_context(run.model.observe_output(projected))
         stack.enter_context(run.model.observe(mixed, inputs=kernel))
-        stack.enter_context(_frozen(run.model))
+        stack.enter_context(frozen(run.model))
         logits = _last_logits(hf, run.batch.inputs())
     return seen, logits
 
@@ -174,7 +174,7 @@ def _last_logits(hf: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: "Model") -> Iterator[None]:
+def frozen(model: "Model") -> Iterator[None]:
     """No gradients of weights while the context is open."""
     weights = [p for p in model.hf.parameters() if p.requires_grad]
     try:

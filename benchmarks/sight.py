@@ -1,0 +1,175 @@
+"""What published interventions do to hallucination on `zoo:shapes-vlm`.
+
+    python benchmarks/sight.py            the tables (some minutes)
+    python benchmarks/sight.py --write    also as docs/sight.md
+
+The conflict set asks for the colour of shapes that have a habitual colour in the world the model
+was trained on, and another one here; half of the things are nearly grey. An answer is a
+hallucination if it is the habitual colour. Intervals are percentile bootstraps over prompts;
+changes are paired. Side effects are measured on ordinary scenes: accuracy, and the divergence of
+the first answer token from the plain model's.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+warnings.filterwarnings("ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from heads.detector import make_detector  # noqa: E402
+from heads.makers import make_recipe  # noqa: E402
+from heads.scoring import score  # noqa: E402
+from heads.verdicts import verdict  # noqa: E402
+from interp import load  # noqa: E402
+from interp.decode import generate  # noqa: E402
+from interp.errors import InputError  # noqa: E402
+from interp.model import Model  # noqa: E402
+from interp.prompts import Batch, Prompt  # noqa: E402
+from interp.recipe import Recipe  # noqa: E402
+from interp.tasks import make_task  # noqa: E402
+
+Maker = Callable[[Model, Batch], Recipe]
+LAYERS = (1, 2, 3)
+
+
+def by(name: str, **params: object) -> Maker:
+    """A maker of recipes by name."""
+    return lambda model, batch: make_recipe(name, model, batch, params)
+
+
+WAYS: dict[str, Maker | None] = {
+    "plain": None,
+    "VHR, α = 1.5": by("vhr", alpha=1.5, layers=LAYERS),
+    "VHR, α = 2 (published)": by("vhr", alpha=2.0, layers=LAYERS),
+    "VHR, α = 3": by("vhr", alpha=3.0, layers=LAYERS),
+    "VAR, p = 0.6, ρ = 0.5 (published)": by("var", layers=LAYERS),
+    "VAR, p = 0.3, ρ = 0.9": by("var", layers=LAYERS, p=0.3, rho=0.9),
+    "boost × 2, layers from the third": by("boost", factor=2.0),
+    "boost × 8, all layers": by("boost", factor=8.0, layers=(0, *LAYERS)),
+    "VCD, image hidden, α = 1": by("vcd"),
+    "VCD, image hidden, α = 3": by("vcd", alpha=3.0),
+    "VCD, noise at step 500 (published)": by("vcd", blind="noise"),
+}
+
+
+def run(
+    model: Model, prompts: Sequence[Prompt], make: Maker | None
+) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Right, habitual (each [example]), and log-probabilities of the first answer token."""
+    right, habit, said_by = [], [], []
+    for at in range(0, len(prompts), 50):
+        some = list(prompts[at : at + 50])
+        batch = model.batch(some, side="left")
+        recipe = None if make is None else make(model, batch)
+        with recipe.on(model, spans=batch) if recipe else nullcontext():
+            logits = model.forward(batch.inputs()).logits[:, -1]
+            said_by.append(logits.double().log_softmax(-1))
+        with recipe.on(model, spans=batch) if recipe else nullcontext():
+            outs = generate(model, batch, max_new_tokens=3)
+        for prompt, out in zip(some, outs, strict=True):
+            text = model.tokenizer.decode([t for t in out if t != 2])
+            right.append(text == prompt.meta["right"])
+            habit.append(bool(prompt.meta["habit"]) and text == prompt.meta["habit"])
+    return np.array(right), np.array(habit), torch.cat(said_by)
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> str:
+    """Mean and 95 % interval, in percent."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def habits(model: Model, n: int) -> list[str]:
+    """The table of hallucination."""
+    conflict = {"world": "conflict", "faint": "0.5", "habitual": "yes"}
+    hard = make_task("shapes", conflict).prompts(model, n, seed=5)
+    easy = make_task("shapes", {"world": "skewed", "faint": "0.1"}).prompts(model, n, seed=6)
+    lines = [
+        "| way | hallucinated, % | change, points | right, % | ordinary scenes right, % "
+        "| KL there, nats |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain: dict[str, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}
+    for name, make in WAYS.items():
+        try:
+            mine = {"hard": run(model, hard, make), "easy": run(model, easy, make)}
+        except InputError as error:
+            lines.append(f"| {name} | not applicable: {error} | | | | |")
+            continue
+        plain = plain or mine
+        right, habit, _ = mine["hard"]
+        base, now = plain["easy"][2], mine["easy"][2]
+        # A token that a recipe rules out has no finite log-probability.
+        kl = (base.exp() * (base - now.clamp_min(-30))).sum(-1).mean()
+        change = habit.astype(float) - plain["hard"][1].astype(float)
+        lines.append(
+            f"| {name} | {interval(habit)} | {interval(change)} | {100 * right.mean():.1f} "
+            f"| {100 * mine['easy'][0].mean():.1f} | {max(float(kl), 0):.3f} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def found(model: Model, n: int) -> list[str]:
+    """Which heads look at the image, where they point, and whether they matter."""
+    task = make_task("shapes", {"world": "even"})
+    looks = score(model, "visual-attention", task=task, n=n, batch_size=20)["visual-attention"]
+    seen = score(model, "vision-head-divergence", task=task, n=n, batch_size=20)
+    vhd = seen["vision-head-divergence"]
+    pointing = make_detector("region-grounding", {"measure": "pointing"})
+    points = score(model, pointing, task=task, n=n, batch_size=20)["region-grounding"]
+    lines = [
+        "| head | image mass | share of the image's patches it points into the right box, % "
+        "| VHD (position alone) |",
+        "|---|---|---|---|",
+    ]
+    for head in looks.top(8):
+        i = looks.heads.index(head)
+        lines.append(
+            f"| {head} | {looks.values[i]:.3f} | {100 * points.values[i]:.0f} "
+            f"| {vhd.values[i]:.2f} ({vhd.null_per_example[:, i].mean():.2f}) |"
+        )
+    lines[0] = "| head | image mass | points into the right box, % | VHD (position alone) |"
+    chance = 100 * float(np.nanmean(points.null_per_example))
+    lines += ["", f"Chance of pointing into the box: {chance:.1f} %.", ""]
+    for detector in ("visual-attention", "vision-head-divergence"):
+        said = verdict(model, task=task, detector=detector, n=n, most=8)
+        assert said.joint is not None
+        lines += [f"Verdict on `{detector}`: {said.message}; together {said.joint.words()}.", ""]
+    return lines
+
+
+def main() -> None:
+    """Run and, if asked, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--n", type=int, default=400)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load("zoo:shapes-vlm", device="cpu")
+    heads = found(model, min(args.n, 60))
+    print("\n".join(heads), flush=True)
+    table = habits(model, args.n)
+    if args.write:
+        (ROOT / "docs" / "sight.md").write_text("\n".join([
+            "# Vision heads and hallucination on `zoo:shapes-vlm`", "",
+            "Made by `python benchmarks/sight.py --write`. The model, its world and its habits are "
+            "described in `interp/zoo/train/shapes_vlm.py` and `interp.scenes`.", "",
+            "## Heads that look at the image", "", *heads,
+            "## Interventions against habit", "",
+            f"{args.n} prompts of the conflict world and as many ordinary ones.", "", *table, "",
+        ]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
