@@ -102,7 +102,10 @@ def test_relevance_lies_on_the_thing_and_hiding_it_hurts(name: str) -> None:
 def test_batches_change_nothing() -> None:
     model = shapes("shapes-vlm")
     prompts = make_task("shapes").prompts(model, 5)
-    one, many = relevance_maps(model, prompts, batch_size=1), relevance_maps(model, prompts, batch_size=4)
+    one, many = (
+        relevance_maps(model, prompts, batch_size=1),
+        relevance_maps(model, prompts, batch_size=4),
+    )
     for a, b in zip(one.tokens, many.tokens, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
     np.testing.assert_allclose(one.by_head, many.by_head, atol=1e-4, rtol=1e-3)
