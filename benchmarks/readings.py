@@ -139,7 +139,7 @@ def way(name: str, shape: str, layers: int, length: int) -> Callable[[], torch.T
 @torch.no_grad()
 def bare(model: Model, batch: Batch) -> torch.Tensor:
     """The model's own forward."""
-    return model.hf(**batch.inputs(), use_cache=False).logits  # type: ignore[no-any-return]
+    return model.hf(**batch.inputs()).logits  # type: ignore[no-any-return]
 
 
 def peer(name: str, shape: str, layers: int, length: int) -> Callable[[], torch.Tensor]:

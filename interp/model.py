@@ -253,7 +253,7 @@ class Model:
         return weight.reshape(layer.n_heads, -1, weight.shape[-1])
 
     @torch.no_grad()
-    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
         """The model's own output on keyword inputs, without gradients.
 
         Prompts padded on the left get the positions they have alone, as `generate` gives them: many
@@ -261,7 +261,7 @@ class Model:
         """
         return self.hf(**self._placed(inputs))
 
-    def _placed(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _placed(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         mask = inputs.get("attention_mask")
         if mask is None or mask.dim() != 2 or "past_key_values" in inputs or bool(mask[:, 0].all()):
             return inputs

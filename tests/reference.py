@@ -216,6 +216,9 @@ class Whole:
 def whole(family: str, inputs: Mapping[str, Tensor], hf: Any = None) -> Whole:
     """Run an eager copy and keep everything."""
     hf = _eager(family) if hf is None else hf
+    if family == "gpt2" and "attention_mask" in inputs:  # its own forward counts padding
+        places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        inputs = {**inputs, "position_ids": places}
     notes: list[tuple[bool, Tensor, Tensor]] = []
     with _noting(hf, notes):
         out = (

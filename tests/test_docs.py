@@ -57,7 +57,7 @@ def test_python_in_the_readme_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     own = [b for b in blocks if "zoo:" in b]
-    assert len(own) == 2 and len(blocks) == 3  # the other one needs weights from elsewhere
+    assert len(own) == 3 and len(blocks) == 4  # the other one needs weights from elsewhere
     for block in own:
         exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out
