@@ -61,6 +61,15 @@ class ContentAgnostic(ReadingDetector):
     task: ClassVar[str] = "tiles"
     needs: ClassVar[tuple[str, ...]] = ("image",)
 
+    def prepare(self, prompt: Prompt) -> Prompt:
+        """See `ReadingDetector`.
+
+        Raises:
+            InputError: the vision tower does not see one image as a whole.
+        """
+        only_row(prompt, TOWER)
+        return prompt
+
     def readings(self) -> Mapping[str, Reading]:
         """See `ReadingDetector`."""
         return {"maps": Rows("image")}
@@ -165,8 +174,7 @@ def correlation(
     a: Float[Tensor, "layer head patch patch"], b: Float[Tensor, "layer head patch patch"]
 ) -> Float[Tensor, "layer head"]:
     """Pearson correlation over all entries; NaN where a map has no variation."""
-    found: Tensor = (standard(a) * standard(b)).sum(-1).clamp(-1, 1)
-    return found
+    return (standard(a) * standard(b)).sum(-1).clamp(-1, 1)
 
 
 def standard(maps: Float[Tensor, "layer head patch patch"]) -> Float[Tensor, "layer head entry"]:
@@ -175,7 +183,8 @@ def standard(maps: Float[Tensor, "layer head patch patch"]) -> Float[Tensor, "la
     size = x.abs().amax(-1, keepdim=True)
     x = x - x.mean(-1, keepdim=True)
     flat = (x.abs().amax(-1, keepdim=True) <= _ROUNDING * size) | (size <= _ROUNDING / x.shape[-1])
-    return (x / x.norm(dim=-1, keepdim=True)).masked_fill(flat, math.nan)
+    scaled: Tensor = x / x.norm(dim=-1, keepdim=True)
+    return scaled.masked_fill(flat, math.nan)
 
 
 def map_correlation(

@@ -68,6 +68,7 @@ class HeadPursuit:
     curves: Mapping[HeadId, Float[np.ndarray, " k"]]
 
 
+@torch.no_grad()
 def head_pursuit(
     model: "Model",
     prompts: Sequence[Prompt],

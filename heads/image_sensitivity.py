@@ -3,13 +3,13 @@
     score = ‖z − z′‖ / (‖z‖ + ‖z′‖) at the last token,   in [0, 1]
 
 z′ is the output when the quarter of the image's tokens that the last token attends to most, over
-all heads together, is masked in every layer; the rest of the prompt keeps its places. The null is
-the mean of the same over `draws` random choices of equally many of the image's other tokens: how
+all heads together, is hidden from every row of every layer; all tokens keep their places. The null
+is the mean of the same over `draws` random choices of equally many of the image's other tokens: how
 much a head changes when anything of the image goes.
 
-One quarter is masked for all heads, so that three forward passes or so serve every head. The first
-token of a prompt is never masked, since its own row would see nothing. In layers after the first, a
-head that reads a changed stream changes too; whether it matters is for ablation to say.
+One quarter is hidden for all heads at once, so that a few forward passes serve every head. The
+first token of a prompt is never hidden, since its own row would see nothing. In layers after the
+first, a head that reads a changed stream changes too; whether it matters is for ablation to say.
 
 The paper's abstract speaks of a head-wise analysis of sensitivity to the image; its code has none:
 every head of the layers it works on is treated alike, and what it calls local tokens is the quarter
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from heads.detector import DETECTORS, Outcome, WatchingDetector
-from heads.sight import hidden_at, last_row, last_z, reads_prompt
+from heads.sight import last_row, last_z, reads_prompt, unseen
 from heads.vision_head_divergence import divergence
 from interp.errors import InputError
 from interp.prompts import Prompt
@@ -82,15 +82,16 @@ class ImageSensitivity(WatchingDetector):
             if len(image) < 2:
                 failures[b] = "an image needs two tokens after the first for one to be masked"
             n = max(1, round(self.share * len(image)))
-            at = [i + batch.offsets[b] for i in image]
-            order = mass[b, at].argsort(descending=True, stable=True).tolist()
-            chosen, rest = [at[i] for i in order[:n]], sorted(at[i] for i in order[n:])
+            seen_at = mass[b, [i + batch.offsets[b] for i in image]]
+            order = seen_at.argsort(descending=True, stable=True).tolist()
+            chosen, rest = [image[i] for i in order[:n]], sorted(image[i] for i in order[n:])
             rngs = [random.Random(f"masked/{i}/{prompt.id}") for i in range(self.draws)]
             most.append(chosen)
             others.append([rng.sample(rest, min(n, len(rest))) for rng in rngs])
 
         def change(places: list[list[int]]) -> torch.Tensor:
-            return divergence(seen, last_z(model, stack, hidden_at(batch, places)), "relative")
+            with unseen(model, stack, prompts, places):
+                return divergence(seen, last_z(model, stack, batch), "relative")
 
         values = change(most)
         drawn = [change([mine[i] for mine in others]) for i in range(self.draws)]

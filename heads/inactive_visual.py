@@ -106,7 +106,7 @@ class InactiveVisual(ReadingDetector):
         null = silent.clone()
         for b, prompt in enumerate(batch.prompts):
             for at, layer in enumerate(tower.layers):
-                seen = _evenly(prompt, self.span, self.query, causal=layer.causal)
+                seen = evenly(prompt, self.span, self.query, causal=layer.causal)
                 null[b, at] = float(seen <= self.ratio * (1 - seen))
         return Outcome(silent, null.masked_fill(undefined, math.nan), {"image": image.clamp(max=1)})
 
@@ -117,7 +117,7 @@ def _without(n: int, gone: Sequence[int]) -> tuple[Range, ...]:
     return tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b > a + 1)
 
 
-def _evenly(prompt: Prompt, span: str, query: str, *, causal: bool) -> float:
+def evenly(prompt: Prompt, span: str, query: str, *, causal: bool) -> float:
     """Mean over the rows of the share of visible keys that lie in a span; NaN without rows."""
     keys, rows = set(prompt.positions(span)), prompt.positions(query)
     before = [0]

@@ -50,6 +50,7 @@ class Pursued:
         return float(self.curve[-1])
 
 
+@torch.no_grad()
 def pursue(
     z: Float[Tensor, "n d_head"],
     w_o: Float[Tensor, "d_head d_model"],
@@ -88,8 +89,7 @@ def pursue(
     left = gram.diagonal().clone()
     for t in range(min(k, len(dictionary))):
         strength = _strength(z, seen, along, basis)
-        strength[left <= _DEPENDENT] = -1.0
-        strength[atoms] = -1.0
+        strength[left <= _DEPENDENT] = -1.0  # those chosen among them
         best = int(strength.argmax())
         if float(strength[best]) <= _NOTHING * math.sqrt(whole * len(z)):
             curve[t:] = curve[t - 1] if t else 0.0

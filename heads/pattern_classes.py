@@ -110,7 +110,7 @@ class PatternClasses:
         import pandas as pd
 
         names = [str(h) for h in self.heads]
-        return pd.DataFrame({"head": names, "class": self.classes, **self.features})
+        return pd.DataFrame({"head": names, "kind": self.classes, **self.features})
 
 
 def pattern_classes(

@@ -264,7 +264,11 @@ def _named(prompt: Prompt, i: int) -> Prompt:
 
 def _digest(prompts: list[Prompt]) -> str:
     text = json.dumps(
-        [[p.id, p.tokens, sorted(p.spans.items()), p.answer] for p in prompts], sort_keys=True
+        [
+            [p.id, p.tokens, sorted(p.spans.items()), p.answer, repr(sorted(p.meta.items()))]
+            for p in prompts
+        ],
+        sort_keys=True,
     )
     digest = hashlib.sha256(text.encode())
     for prompt in prompts:

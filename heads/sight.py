@@ -1,6 +1,7 @@
 """What detectors of visual heads share: where the image is, and the prompt without it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from interp.errors import InputError
 from interp.prompts import Batch, Prompt
+from interp.recipe import Edit, Positions, Recipe, Where
 
 if TYPE_CHECKING:
     from interp.model import Model
     from interp.seam.structure import Tower
 
-LAST = "last token"
+LAST, HIDDEN = "last token", "hidden tokens"
 
 
 def with_last(prompt: Prompt) -> Prompt:
@@ -69,21 +71,29 @@ def left_out(prompt: Prompt, span: str) -> Prompt:
     return Prompt(kept, id=prompt.id)
 
 
-def hidden_by_mask(batch: Batch, span: str) -> Batch:
-    """The batch with a span's tokens masked like padding: unseen, but in their places."""
-    return hidden_at(batch, batch.positions(span))
+@contextmanager
+def unseen(
+    model: "Model", tower: "Tower", prompts: Sequence[Prompt], places: Sequence[Sequence[int]]
+) -> Iterator[None]:
+    """Hide some places of each prompt from all other rows of a tower while the context is open.
 
-
-def hidden_at(batch: Batch, places: Sequence[Sequence[int]]) -> Batch:
-    """The batch with some places of each row, padding counted, masked like padding."""
-    mask = batch.attention_mask.clone()
-    for row, hidden in enumerate(places):
-        mask[row, list(hidden)] = 0
-    return replace(batch, attention_mask=mask)
+    Their scores are cut out of every row, in all layers. A mask of the model's inputs would do the
+    same where the model only hides by it; some count positions and images by it too.
+    """
+    spans = [tuple((i, i + 1) for i in sorted(mine)) for mine in places]
+    marked = [
+        replace(p, spans={**p.spans, HIDDEN: mine}) for p, mine in zip(prompts, spans, strict=True)
+    ]
+    hidden = Positions(spans=(HIDDEN,))
+    # The hidden rows themselves are read by nobody, and the first could not lose its only key.
+    others = Positions(prompt="all", generated="all", exclude=hidden)
+    cut = Edit("knockout", Where(tower=tower.name, queries=others, keys=hidden))
+    with Recipe((cut,)).on(model, spans=marked):
+        yield
 
 
 def reads_prompt(tower: "Tower", prompts: Sequence[Prompt], detector: str) -> None:
-    """Check that a tower's positions are those of the prompts, which can be masked and decoded.
+    """Check that a tower's positions are those of the prompts.
 
     Raises:
         InputError: the tower attends over patches or frames of its own.

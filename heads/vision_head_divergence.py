@@ -6,8 +6,8 @@
 
 Raw distances favour heads with large outputs. Leaving the image out moves the tokens after it up,
 so that VHD holds an effect of position beside that of the image. The null is that effect alone: the
-same distance between the prompt without the image and the prompt whose image is masked but keeps
-its place. In layers after the first every head that reads a changed stream diverges a little; what
+same distance between the prompt without the image and the prompt whose image is hidden from all
+other tokens but keeps its place. In layers after the first every head that reads a changed stream diverges a little; what
 matters is how much, and whether ablating the head changes the answer.
 
 Differences below 1e-5 of the outputs' size are rounding and count as 0.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, WatchingDetector
-from heads.sight import hidden_by_mask, last_z, left_out
+from heads.sight import last_z, left_out, unseen
 from interp.errors import InputError
 from interp.prompts import Prompt
 from interp.scores import HeadScores
@@ -74,7 +74,8 @@ class VisionHeadDivergence(WatchingDetector):
         whole = model.batch(prompts, side="left")
         bare = model.batch([left_out(p, self.span) for p in prompts], side="left")
         seen, blind = last_z(model, stack, whole), last_z(model, stack, bare)
-        masked = last_z(model, stack, hidden_by_mask(whole, self.span))
+        with unseen(model, stack, prompts, [p.positions(self.span) for p in prompts]):
+            masked = last_z(model, stack, whole)
         distance = divergence(seen, blind, self.measure)
         raw = divergence(seen, blind, "raw")
         selected = torch.stack(

@@ -16,7 +16,9 @@ from collections import Counter
 from fractions import Fraction
 
 import numpy as np
+import patch_references
 import pytest
+import sight_references
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,6 +33,7 @@ from heads.detector import (
 )
 from heads.scoring import score
 from interp import load
+from interp.example import example_inputs
 from interp.headid import HeadId
 from interp.model import Model
 from interp.prompts import Prompt
@@ -204,7 +207,11 @@ def by_example(found, *, atol):
     } | {"failures": dict(found.failures)}  # fmt: skip
 
 
-@pytest.mark.parametrize("detector", NAMES)
+# Images are not padded.
+PADDED = [d for d in NAMES if cheap(d) is None or zoo(cheap(d)).reads_tokens]
+
+
+@pytest.mark.parametrize("detector", PADDED)
 def test_padding_on_either_side_changes_nothing(detector, monkeypatch):
     """Readings pad on the right by default and decoding on the left: force the other for both."""
     name = cheap(detector)
@@ -289,8 +296,14 @@ def ungrouped(model):
     return Model(hf, model.tokenizer, name=model.name, truth=model.truth)
 
 
-GROUPED = [name for name, _ in CASES if zoo(name).hf.config.num_key_value_heads != (
-    zoo(name).hf.config.num_attention_heads)]  # fmt: skip
+def grouped(model):
+    """Whether several query heads share a key-value head."""
+    config = model.text_config
+    heads = config.num_attention_heads
+    return getattr(config, "num_key_value_heads", heads) != heads
+
+
+GROUPED = [name for name, _ in CASES if grouped(zoo(name))]
 
 
 @pytest.mark.parametrize(("name", "detector"), [c for c in CASES if c[0] in GROUPED])
@@ -332,11 +345,12 @@ def test_one_seed_gives_one_table_and_another_seed_another_sample(detector):
 @pytest.mark.parametrize("detector", NAMES)
 def test_the_model_is_as_it_was(detector):
     name = cheap(detector)
-    model, ids = zoo(name), torch.arange(1, 20)[None]
-    before = model.hf(ids).logits
+    model = zoo(name)
+    inputs = example_inputs(model.hf)
+    before = model.forward(inputs).logits
     weights = {k: v.clone() for k, v in model.hf.state_dict().items()}
     score(model, detector, task=task_of(name, detector), n=2)
-    assert torch.equal(model.hf(ids).logits, before)
+    assert torch.equal(model.forward(inputs).logits, before)
     assert all(torch.equal(v, weights[k]) for k, v in model.hf.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
@@ -659,6 +673,15 @@ REFERENCES = {
         [{"success": -1.0}, {"success": -1.0, "mode": "authors"}],
     ),
 }
+REFERENCES |= sight_references.references(patterns, last_outputs, whole_copy)
+
+
+REFERENCES |= patch_references.REFERENCES
+
+
+def random_model(detector):
+    """The random model on whose patterns a formula is written out."""
+    return patch_references.RANDOM.get(detector, random_llama)()
 
 
 def test_every_detector_has_a_formula_written_out_here():
@@ -671,7 +694,7 @@ def test_every_detector_has_a_formula_written_out_here():
 def test_scores_equal_loops_over_whole_patterns(detector, params):
     reference, prompts, _ = REFERENCES[detector]
     made, listed = make_detector(detector, params), prompts()
-    found = score(random_llama(), made, listed, batch_size=3)[detector]
+    found = score(random_model(detector), made, listed, batch_size=3)[detector]
     assert not found.failures
     for prompt in listed:
         row = found.examples.index(prompt.id)
@@ -695,12 +718,15 @@ def test_scores_equal_loops_over_whole_patterns(detector, params):
 def test_the_random_model_scores_the_same_in_any_batch_and_kernel(detector):
     _, prompts, (params, *_) = REFERENCES[detector]
     made, listed = make_detector(detector, params), prompts()
-    want = score(random_llama(), made, listed, batch_size=1)[detector]
-    eager = copy.deepcopy(random_llama().hf)
+    model = random_model(detector)
+    want = score(model, made, listed, batch_size=1)[detector]
+    eager = copy.deepcopy(model.hf)
     eager.set_attn_implementation("eager")
-    half = copy.deepcopy(random_llama().hf).double()
-    for hf, size, atol in ((random_llama().hf, 4, 1e-4), (eager, 3, 1e-4), (half, 2, 1e-4),
-                           (ungrouped(random_llama()).hf, 2, 1e-4)):  # fmt: skip
+    double = copy.deepcopy(model.hf).double()
+    others = [(model.hf, 4, 1e-4), (eager, 3, 1e-4), (double, 2, 1e-4)]
+    if grouped(model):
+        others.append((ungrouped(model).hf, 2, 1e-4))
+    for hf, size, atol in others:
         found = score(load(hf), made, listed, batch_size=size)[detector]
         order = [found.examples.index(e) for e in want.examples]
         close = {"atol": atol, "rtol": 5e-5}

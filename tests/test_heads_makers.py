@@ -787,7 +787,8 @@ def made(name: str, model: Model, prompts: list[Prompt], side: str = "") -> Reci
 
 
 def test_every_maker_has_a_case() -> None:
-    assert sorted(MAKERS) == sorted(ALL)
+    by_spans = ["boost", "lqcd", "vcd"]  # see test_heads_makers_sight
+    assert sorted(MAKERS) == sorted([*ALL, *by_spans])
     for name in MAKERS:
         entry = MAKERS[name]
         assert entry.summary and "arXiv" in entry.citation and entry.make.__doc__

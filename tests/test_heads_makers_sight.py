@@ -1,5 +1,6 @@
 """Recipes against hallucination on the trained model of shapes, against two runs done by hand."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,7 +9,6 @@ import torch
 
 from heads.makers import make_recipe
 from heads.makers.vcd import noised
-from heads.sight import hidden_by_mask
 from interp import load
 from interp.errors import InputError
 from interp.prompts import Prompt
@@ -32,6 +32,14 @@ def batch():
     ]
     assert len({len(p) for p in prompts}) > 1
     return model().batch(prompts, side="left")
+
+
+def hidden_by_mask(of, span_name):
+    """The batch with a span masked like padding: unseen, but in its places."""
+    mask = of.attention_mask.clone()
+    for row, places in enumerate(of.positions(span_name)):
+        mask[row, places] = 0
+    return dataclasses.replace(of, attention_mask=mask)
 
 
 def last(of, recipe=None, **options):

@@ -106,7 +106,8 @@ def read_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             _check_text(entry, key, value)
             default = known[key]
-            plain = isinstance(default, bool | int | float | str)
+            many = "," in value and "Sequence" in _annotation(entry, key)
+            plain = isinstance(default, bool | int | float | str) and not many
             value = read_like(default, value, f"{name}:{key}") if plain else _listed(value)
         values[key] = value
     return values
@@ -114,12 +115,16 @@ def read_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_text(entry: Maker, key: str, text: str) -> None:
     """Refuse a text for a parameter that no text can stand for."""
-    annotation = str(inspect.signature(entry.make).parameters[key].annotation)
+    annotation = _annotation(entry, key)
     for kind in ("Prompt", "Positions"):
         if kind in annotation:
             raise InputError(
                 f"parameter {key!r} of {entry.name!r} takes values of {kind}; got {text!r}"
             )
+
+
+def _annotation(entry: Maker, key: str) -> str:
+    return str(inspect.signature(entry.make).parameters[key].annotation)
 
 
 def _listed(text: str) -> Any:
