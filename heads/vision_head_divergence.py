@@ -7,8 +7,8 @@
 Raw distances favour heads with large outputs. Leaving the image out moves the tokens after it up,
 so that VHD holds an effect of position beside that of the image. The null is that effect alone: the
 same distance between the prompt without the image and the prompt whose image is hidden from all
-other tokens but keeps its place. In layers after the first every head that reads a changed stream diverges a little; what
-matters is how much, and whether ablating the head changes the answer.
+other tokens but keeps its place. In layers after the first every head that reads a changed stream
+diverges a little; what matters is how much, and whether ablating the head changes the answer.
 
 Differences below 1e-5 of the outputs' size are rounding and count as 0.
 

@@ -3,10 +3,9 @@
     w = Σ_{j in the image} A[last, j]                            image mass, the score, in [0, 1]
     c = 1 − H(p) / log n,   p = A[last, image] / w               concentration, in [0, 1]
 
-The query is the last token of the prompt, from which the first token of the answer is decided (in a vision
-tower, the class token). The
-null is the image's share of the tokens that this query sees, which is what a head that looks at
-nothing in particular gives it.
+The query is the last token of the prompt, from which the first token of the answer is decided; in a
+vision tower, the class token. The null is the image's share of the tokens that this query sees,
+which is what a head that looks at nothing in particular gives it.
 
 The paper's scripts read precomputed sums and hold no formula for the concentration; this one is 1
 for a single patch and 0 for an even spread. Their region heat is in `region-grounding`.

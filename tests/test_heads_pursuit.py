@@ -9,10 +9,10 @@ import torch
 from images_kit import case
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import heads.head_pursuit
 import heads.matching_pursuit
-from heads.head_pursuit import head_pursuit, word_directions
+import heads.pursuit
 from heads.matching_pursuit import per_sample, pursue, unit
+from heads.pursuit import head_pursuit, word_directions
 from interp import load
 from interp.errors import InputError, SiteError
 from interp.headid import HeadId
@@ -280,13 +280,13 @@ def test_the_null_is_the_best_of_random_dictionaries_of_equal_size():
 
 def test_random_dictionaries_hold_tokens_that_are_no_concept(monkeypatch):
     model, listed, words = random_llama(), prompts(), [3, 17, 5, 41, 8, 23, 30]
-    original, seen = heads.head_pursuit.pursue, []
+    original, seen = heads.pursuit.pursue, []
 
     def noted(z, w_o, dictionary, k, **options):
         seen.append((z, w_o, dictionary))
         return original(z, w_o, dictionary, k, **options)
 
-    monkeypatch.setattr(heads.head_pursuit, "pursue", noted)
+    monkeypatch.setattr(heads.pursuit, "pursue", noted)
     found = head_pursuit(model, listed, words, k=4, draws=6)
     rows = unit(model.hf.get_output_embeddings().weight.detach().double())
     assert len(seen) == 8 * (1 + 6)

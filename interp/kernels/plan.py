@@ -328,9 +328,7 @@ def _related(reading: PairMass, queries: Side, keys: Side) -> Pairs:
     return Pairs(tuple(out))
 
 
-def _binned(
-    reading: BinMass, group: Group, queries: Side, keys: Side
-) -> tuple[list[Tensor], int]:
+def _binned(reading: BinMass, group: Group, queries: Side, keys: Side) -> tuple[list[Tensor], int]:
     _tokens_both(queries, keys)
     out = []
     batch = queries.batch
@@ -344,21 +342,17 @@ def _binned(
 
 def _bin_mass(group: Group, name: str, per: str) -> Reducer:
     listed, n = group.bins[name]
-    count = [
-        torch.zeros(len(x), n + 1, dtype=torch.float64).scatter_add_(1, x, torch.ones(x.shape).double())
-        for x in listed
-    ]  # fmt: skip
+    count = [x.new_zeros(len(x), n + 1).scatter_add_(1, x, torch.ones_like(x)) for x in listed]
 
     def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
         values = []
         for mass, keys in zip(rows[f"bins/{name}"], count, strict=True):
             keys = keys[:, 1:].to(mass)
-            any_key = (keys.sum(1) > 0).to(mass)
-            weight = any_key[:, None].expand_as(keys)
+            weight = (keys.sum(1, keepdim=True) > 0).expand_as(keys)
             if per == "entry":
-                mass, weight = mass / keys.clamp(min=1), (keys > 0).to(mass)
-            x = (mass * weight).sum(1) / weight.sum(0)  # 0 / 0 is NaN: nobody has such keys
-            values.append(x.masked_fill((keys.sum(0) == 0), math.nan))
+                mass, weight = mass / keys.clamp(min=1), keys > 0
+            x = (mass * weight).sum(1) / weight.sum(0)
+            values.append(x.masked_fill(keys.sum(0) == 0, math.nan))
         return torch.stack(values), None
 
     return reduce

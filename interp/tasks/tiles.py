@@ -76,7 +76,7 @@ class Tiles(Task):
         if image is None or patch is None:
             raise UnsupportedModelError(
                 f"{model.name} does not say how large its images and patches are",
-                hint="give the task side, rows and columns",
+                hint="choose a model that reads images, or give the task side, rows and columns",
             )
         high, wide = _pair(image)
         side = self.side or _pair(patch)[0]
