@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,9 +14,9 @@ from app.exits import UsageError, say
 from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
-from app.pairwork import PairWork, dry
+from app.pairwork import PairWork
 from app.steps import steps
-from app.subject import Subject, check_tower, is_pairs, subject
+from app.subject import MAYBE, Subject, check_tower, subject
 from app.tables import Format, Part, Table, write
 
 if TYPE_CHECKING:
@@ -32,16 +33,16 @@ def ablate(
     heads: a.Heads = None,
     model: o.Model = o.DEFAULT_MODEL,
     task: a.Task = None,
-    prompts: a.Prompts = None,
+    prompts: a.PromptsOrPairs = None,
     reference: Annotated[
-        str, typer.Option(help="zero; or, with a task of pairs, mean or resample.")
+        str, typer.Option(help="zero; or, with pairs, mean or resample.")
     ] = "zero",
     joint: Annotated[
         bool, typer.Option("--joint", help="All of --heads together, beside random others.")
     ] = False,
     controls: a.Controls = 5,
     metric: Annotated[
-        str | None, typer.Option(help="For tasks of pairs; logit-difference if absent.")
+        str | None, typer.Option(help="With pairs; logit-difference if absent. See list metrics.")
     ] = None,
     top: o.Top = None,
     out: a.Out = None,
@@ -64,14 +65,14 @@ def ablate(
 ) -> None:
     """Take heads away and measure what changes.
 
-    Every head alone, or those of --heads; with --joint all of them together. With a task of pairs
-    the change of --metric, else of the log-probability of the tokens to predict. Negative: it
-    hurts.
+    Every head alone, or those of --heads; with --joint all of them together. With pairs (a task of
+    pairs, or a file of them) the change of --metric, else of the log-probability of the tokens to
+    predict. Negative: it hurts.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     task = "needle" if task is None and prompts is None else task
     asked = subject(
-        task, prompts, param=param, n=n, batch_size=batch_size, seed=seed, tower=tower
+        task, prompts, param=param, n=n, batch_size=batch_size, seed=seed, tower=tower, pairs=MAYBE
     )  # fmt: skip
     if reference not in _REFERENCES:
         raise UsageError(f"--reference must be one of {', '.join(_REFERENCES)}; got {reference!r}")
@@ -79,12 +80,13 @@ def ablate(
         raise UsageError("--joint needs --heads, the heads to take away together; got none")
     chosen = parse(heads) if heads else parse(["all"])
     source.check()
-    paired = task is not None and is_pairs(task)
+    paired = asked.paired
     if not paired and (reference != "zero" or metric is not None):
         what = f"--reference {reference}" if metric is None else f"--metric {metric}"
         raise UsageError(
-            f"{what} needs a task of pairs, clean and corrupted; {asked.name} has none",
-            hint="--task ioi; without pairs the log-probability under zero ablation is measured",
+            f"{what} needs pairs, clean and corrupted; {asked.name} has none",
+            hint="--task ioi, or --prompts with pairs; without, the log-probability under zero "
+            "ablation is measured",
         )
     work = PairWork(
         source, asked, chosen, "ablate", metric or "logit-difference", {"reference": reference}
@@ -92,8 +94,14 @@ def ablate(
     if paired:
         work.check()
     if dry_run:
-        sets = 1 + controls if joint else None
-        dry(work, paired=paired, format=format, quiet=quiet, sets=sets)
+        from app.counts import AT_MOST, count_ablation
+        from app.outlook import forecast
+
+        count = partial(count_ablation, asked, chosen, 1 + controls if joint else None)
+        forecast(
+            source, count, "ablate", format=format, quiet=quiet,
+            passes=AT_MOST if paired else "with padding",
+        )  # fmt: skip
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
@@ -175,7 +183,7 @@ def _together(
     key = key_of(
         model, "ablate.joint", heads=[str(h) for h in ids], controls=controls,
         settings=dict(work.settings), metric=work.metric,
-        **asked.key(prompts or [p.clean for p in pairs or ()]),
+        **asked.key(prompts or [p for pair in pairs or () for p in (pair.clean, pair.corrupted)]),
     )  # fmt: skip
 
     def compute() -> Answer:

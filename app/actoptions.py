@@ -20,6 +20,24 @@ Prompts = Annotated[
         "--prompts", "-p", allow_dash=True, help="Own prompts: text or JSONL file, - is stdin."
     ),
 ]
+PairTask = Annotated[
+    str | None, typer.Option("--task", "-t", help="A task of pairs; ioi without --prompts.")
+]
+Pairs = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", "-p", allow_dash=True,
+        help='JSONL, {"clean": ..., "corrupted": ..., "answer": ..., "wrong": ...} a line; - is '
+        "stdin.",
+    ),
+]  # fmt: skip
+PromptsOrPairs = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", "-p", allow_dash=True,
+        help="Own prompts: text or JSONL, or pairs as patch reads them; - is stdin.",
+    ),
+]  # fmt: skip
 Labelled = Annotated[
     Path,
     typer.Option(

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +24,8 @@ from app.saved import compare, show
 from app.steer import run as steer_run
 from app.steer import sweep as steer_sweep
 from app.steer_files import bake as steer_bake
-from app.steer_files import fit as steer_fit
 from app.steer_files import show as steer_show
+from app.steer_fit import fit as steer_fit
 from app.verdicts import verdict
 from interp.errors import SmallerBatchWarning
 
@@ -67,8 +68,19 @@ def _version(asked: bool) -> None:
         try:
             print(f"headscope {version('headscope')}")
         except PackageNotFoundError:
-            print("headscope, run from a checkout that is not installed")
+            print(f"headscope {_of_checkout()}, run from a checkout that is not installed")
         raise typer.Exit
+
+
+def _of_checkout() -> str:
+    """The version that the project's own file says."""
+    import tomllib
+
+    file = Path(__file__).parents[1] / "pyproject.toml"
+    try:
+        return str(tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"])
+    except (OSError, KeyError, ValueError):
+        return "(unknown version)"
 
 
 @app.callback()

@@ -61,13 +61,28 @@ def explain(error: BaseException, *, debug: bool = False) -> None:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, InterpError):
-        say(str(error), label="error", hint=error.hint)
+        text, hint = _told(error)
+        say(text, label="error", hint=hint)
     elif _memory(error):
         hint = "lower --batch-size, choose shorter prompts, or --dtype bfloat16"
         say("the model and its input do not fit into memory", label="error", hint=hint)
     else:
         hint = "this is a bug of headscope: run again with --debug and report the trace"
         say(f"{type(error).__name__}: {error}", label="internal error", hint=hint)
+
+
+def usage(error: InterpError) -> UsageError:
+    """A mistake in a value of the command line, as such."""
+    text, hint = _told(error)
+    return UsageError(text, hint=hint)
+
+
+def _told(error: InterpError) -> tuple[str, str | None]:
+    if isinstance(error, UsageError | UnknownNameError):
+        return str(error), error.hint
+    from app.words import said, spoken
+
+    return said(str(error)), spoken(error.hint)
 
 
 def say(text: str, *, label: str = "", hint: str | None = None) -> None:

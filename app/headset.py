@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.exits import UsageError, say
+from app.exits import UsageError, say, usage
 from interp.errors import HeadIdError, InputError, RunError, UnknownNameError
 from interp.headid import HeadId
 
@@ -78,7 +78,7 @@ class HeadSet:
                 for head in heads:
                     model.layer_of(head)
             except HeadIdError as error:
-                raise UsageError(str(error), hint=error.hint) from error
+                raise usage(error) from error
             found |= dict.fromkeys(heads)
         return list(found)
 

@@ -123,12 +123,19 @@ def key_of(model: "Model", what: str, **rest: Any) -> dict[str, Any]:
 
 
 def digest(prompts: "Sequence[Prompt]") -> str:
-    """Hash of what prompts hold."""
+    """Hash of what prompts hold, images included."""
     import hashlib
     import json
+
+    import torch
 
     content = [
         [p.id, p.tokens, sorted(p.spans.items()), p.answer, str(p.meta.get("wrong"))]
         for p in prompts
     ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    found = hashlib.sha256(json.dumps(content).encode())
+    for prompt in prompts:
+        for name, x in sorted(prompt.inputs.items()):
+            found.update(f"{prompt.id}/{name}/{x.dtype}/{tuple(x.shape)}".encode())
+            found.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

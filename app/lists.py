@@ -13,7 +13,7 @@ from interp.errors import UnknownNameError
 
 _WORDS = {
     "detectors": "detector", "tasks": "task", "zoo": "zoo model", "methods": "method",
-    "probes": "probe",
+    "metrics": "metric", "probes": "probe", "makers": "recipe maker", "ops": "op",
 }  # fmt: skip
 _COLUMNS = ("kind", "name", "summary", "params", "task", "citation")
 
@@ -25,7 +25,10 @@ def listing(
     format: o.Formatted = Format.auto,
     debug: o.Debug = False,
 ) -> None:
-    """List detectors, tasks, zoo models, methods and probes."""
+    """List what there is to choose from.
+
+    Detectors, tasks, zoo models, methods, metrics, probes, recipe makers and ops.
+    """
     if what is not None and what not in _WORDS:
         raise UnknownNameError("list", what, _WORDS)
     kinds = KINDS if what is None else [_WORDS[what]]

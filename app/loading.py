@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from app.catalog import check
-from app.exits import UsageError
+from app.exits import usage
 from interp.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Source:
                     offline=self.offline,
                 )
             except InputError as error:
-                raise UsageError(str(error), hint=error.hint) from error
+                raise usage(error) from error
             except ValueError as error:
                 if self.attn is None:
                     raise

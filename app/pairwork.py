@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from app.exits import say
-from app.headset import HeadSet, parse
+from app.catalog import check
+from app.exits import usage
+from app.headset import HeadSet
 from app.keep import Answer, Keeping, kept, key_of
-from app.loading import Source, waiting
+from app.loading import Source
 from app.steps import steps
-from app.subject import Subject, check_pairs, check_tower, usage
-from app.tables import Format, Part, Table, write
+from app.subject import Subject, check_answers, check_pairs
 from interp.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,12 +47,14 @@ class PairWork:
         Raises:
             UsageError: a task without pairs, or a value that does not fit.
             UnknownNameError: no such metric.
+            PromptFileError: own pairs without the answers that the metric needs.
         """
-        from interp.metrics import METRICS
+        check("metric", self.metric)
+        check_pairs(self.subject)
+        if self.subject.own is not None:
+            from interp.metrics import METRICS
 
-        assert self.subject.task is not None
-        check_pairs(self.subject.task)
-        METRICS[self.metric]
+            check_answers(self.subject.own, METRICS[self.metric])
         return self.made()
 
     def made(self) -> "Method":
@@ -117,52 +119,3 @@ def _notes(table: "HeadScores") -> list[str]:
     if "verified" in about:
         notes.append(str(about["verified"]))
     return notes
-
-
-def dry(
-    work: PairWork, *, paired: bool, format: Format, quiet: bool, sets: int | None = None
-) -> None:
-    """Write how much a request would run, without loading the weights of the model.
-
-    Args:
-        work: the request.
-        paired: whether its prompts are pairs.
-        format: of the output.
-        quiet: say nothing on stderr.
-        sets: sets of heads that are run together; one run per head if None.
-    """
-    from app.estimate import _COLUMNS, _outline, _row
-
-    with waiting("counting", quiet=quiet):
-        model = _outline(work.source)
-        if paired:
-            prompts = [
-                p for pair in work.subject.pairs(model) for p in (pair.clean, pair.corrupted)
-            ]
-        else:
-            prompts = work.subject.prompts(model)[0]
-        kv = work.settings.get("site") in ("k", "v")
-        check_tower(model, work.subject.tower)
-        chosen = work.heads or parse(["all"])
-        heads = len(chosen.of(model, tower=work.subject.tower, kv=kv))
-    changed = heads if sets is None else sets
-    counted, most = "counted", "at most: blocks before a head are not run again"
-    tokens = sum(map(len, prompts))
-    data = len(prompts) // (2 if paired else 1)
-    rows = [
-        _row("prompts", len(prompts), "", counted),
-        _row("tokens", tokens, "", counted),
-        _row("longest prompt", max(map(len, prompts)), "tokens", counted),
-        _row("heads", heads, "", counted),
-        *([] if sets is None else [_row("sets of heads", sets, "", counted)]),
-        # Of a pair both prompts are run as they are, and one of them with each change.
-        _row("runs of a prompt", len(prompts) + changed * data, "", counted),
-        _row(
-            "tokens through the model", tokens + changed * tokens * data // len(prompts), "", most
-        ),
-    ]
-    title = f"{work.method} on {work.source.name}; nothing was run"
-    facts = {"model": work.source.name, "estimate": True}
-    write(Table("headscope.estimate", _COLUMNS, [Part(title, rows)], facts, limit=None), format)
-    if not quiet:
-        say(title)

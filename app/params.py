@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from app.catalog import check
-from app.exits import UsageError
+from app.exits import UsageError, usage
 from interp.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def detectors_of(names: Sequence[str], params: Params) -> "list[Detector]":
     try:
         return [make_detector(name, params.get(name)) for name in names]
     except InputError as error:
-        raise UsageError(str(error), hint=error.hint) from error
+        raise usage(error) from error
 
 
 def task_of(name: str | None, made: "Sequence[Detector]", params: Params) -> "Task | None":
@@ -91,4 +91,4 @@ def task_of(name: str | None, made: "Sequence[Detector]", params: Params) -> "Ta
     try:
         return make_task(name, {**base, **mine.get(name, {})})
     except InputError as error:
-        raise UsageError(str(error), hint=error.hint) from error
+        raise usage(error) from error

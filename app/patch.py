@@ -1,7 +1,9 @@
 """`headscope patch` and `headscope attribute`: effects of heads on pairs of prompts."""
 
 import shlex
-from typing import Annotated
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,9 +15,12 @@ from app.exits import UsageError
 from app.headset import parse
 from app.keep import Keeping
 from app.loading import Source
-from app.pairwork import PairWork, dry
-from app.subject import check_tower, subject
+from app.pairwork import PairWork
+from app.subject import ALWAYS, check_tower, subject
 from app.tables import Format
+
+if TYPE_CHECKING:
+    from patching.method import Method
 
 DEFAULT_MODEL, DEFAULT_TASK = "zoo:planted-ioi", "ioi"
 _SITES = ("z", "q", "k", "v", "pattern")
@@ -26,7 +31,8 @@ def patch(
     context: typer.Context,
     heads: a.Heads = None,
     model: o.Model = DEFAULT_MODEL,
-    task: Annotated[str, typer.Option("--task", "-t", help="A task of pairs.")] = DEFAULT_TASK,
+    task: a.PairTask = None,
+    prompts: a.Pairs = None,
     site: Annotated[str, typer.Option(help=f"One of {', '.join(_SITES)}.")] = "z",
     direction: Annotated[
         str,
@@ -55,20 +61,23 @@ def patch(
     """Replace a head's activation by that of the pair's other prompt; exact.
 
     The effect is the change of the metric in the patched run; `recovered` is its share of the
-    difference between the two runs.
+    difference between the two runs. Pairs come from a task, or from a file of your own.
     """
     if site not in _SITES:
         raise UsageError(f"--site must be one of {', '.join(_SITES)}; got {site!r}")
     if direction not in _DIRECTIONS:
         raise UsageError(f"--direction must be noise or denoise; got {direction!r}")
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
-    asked = subject(task, None, param=param, n=n, batch_size=batch_size, seed=seed, tower=tower)
+    asked = subject(
+        _task(task, prompts), prompts, param=param, n=n, batch_size=batch_size, seed=seed,
+        tower=tower, pairs=ALWAYS,
+    )  # fmt: skip
     chosen = parse(heads) if heads else None
     source.check()
     work = PairWork(source, asked, chosen, "patch", metric, {"site": site, "direction": direction})
-    work.check()
+    made = work.check()
     if dry_run:
-        dry(work, paired=True, format=format, quiet=quiet)
+        _dry(work, made, format=format, quiet=quiet)
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
@@ -83,13 +92,28 @@ def patch(
     write_effects(answer, schema="headscope.patch", format=format, top=top, quiet=quiet)
 
 
+def _task(task: str | None, prompts: Path | None) -> str | None:
+    return DEFAULT_TASK if task is None and prompts is None else task
+
+
+def _dry(work: PairWork, method: "Method", *, format: Format, quiet: bool) -> None:
+    from app.counts import AT_MOST, count_method
+    from app.outlook import forecast
+
+    forecast(
+        work.source, partial(count_method, work.subject, method, work.heads), work.method,
+        format=format, quiet=quiet, passes=AT_MOST,
+    )  # fmt: skip
+
+
 def attribute(
     context: typer.Context,
     method: Annotated[
         str, typer.Argument(metavar="METHOD", help="One of list methods, such as atp.")
     ],
     model: o.Model = DEFAULT_MODEL,
-    task: Annotated[str, typer.Option("--task", "-t", help="A task of pairs.")] = DEFAULT_TASK,
+    task: a.PairTask = None,
+    prompts: a.Pairs = None,
     metric: a.Metric = "logit-difference",
     top: o.Top = None,
     out: a.Out = None,
@@ -106,6 +130,7 @@ def attribute(
     revision: o.Revision = None,
     offline: o.Offline = False,
     trust_remote_code: o.Trust = False,
+    dry_run: a.DryRun = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
@@ -117,11 +142,15 @@ def attribute(
     check("method", method)
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     asked = subject(
-        task, None, param=param, method=method, n=n, batch_size=batch_size, seed=seed, tower=tower
-    )
+        _task(task, prompts), prompts, param=param, method=method, n=n, batch_size=batch_size,
+        seed=seed, tower=tower, pairs=ALWAYS,
+    )  # fmt: skip
     source.check()
     work = PairWork(source, asked, None, method, metric, asked.params.get(method, {}))
-    work.check()
+    made = work.check()
+    if dry_run:
+        _dry(work, made, format=format, quiet=quiet)
+        return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
     keeping = Keeping(

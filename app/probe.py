@@ -9,12 +9,12 @@ from app import actoptions as a
 from app import options as o
 from app.catalog import check
 from app.effects import write_effects
-from app.exits import UsageError
+from app.exits import UsageError, usage
 from app.keep import Answer, Keeping, digest, kept, key_of
 from app.labelled import read_labelled
 from app.loading import Source
 from app.steps import steps
-from app.subject import check_tower, usage
+from app.subject import check_tower
 from app.tables import Format
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def probe(
     revision: o.Revision = None,
     offline: o.Offline = False,
     trust_remote_code: o.Trust = False,
+    dry_run: a.DryRun = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
@@ -68,10 +69,19 @@ def probe(
     source.check()
     data = read_labelled(prompts)
     fitter = probe_of(kind, param or ())
-    loaded = source.load(quiet=quiet)
-    check_tower(loaded, tower)
     from interp.promptfile import to_prompts
 
+    if dry_run:
+        from app.counts import count_probe
+        from app.outlook import forecast
+
+        forecast(
+            source, lambda model: count_probe(to_prompts(data.lines, model), batch_size), "a probe",
+            format=format, quiet=quiet, passes="with padding; without the fits",
+        )  # fmt: skip
+        return
+    loaded = source.load(quiet=quiet)
+    check_tower(loaded, tower)
     made = to_prompts(data.lines, loaded)
     key = key_of(
         loaded, "probe", probe=kind, settings=fitter.params, span=span, folds=folds, draws=draws,

@@ -15,6 +15,7 @@ from app import params
 from app.catalog import check
 from app.exits import INTERRUPTED, UsageError, say
 from app.loading import Source, waiting
+from app.subject import own_prompts
 from app.tables import Format, Table, write
 from interp.errors import UnknownNameError
 
@@ -100,7 +101,7 @@ def rank(
         source,
         detectors,
         task,
-        _lines(prompts),
+        own_prompts(prompts),
         params.read(param or (), detectors, task),
         n,
         batch_size,
@@ -133,14 +134,6 @@ def _check(
         if prompts is not None:
             raise UsageError("--prompts and --task exclude each other; got both")
     source.check()
-
-
-def _lines(prompts: Path | None) -> "Sequence[Line] | None":
-    if prompts is None:
-        return None
-    from interp.promptfile import read_file
-
-    return read_file(prompts)
 
 
 def prepared(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.steering import examples_of
 from interp.errors import InputError, SpanError
 from interp.prompts import Prompt
 
@@ -171,15 +172,23 @@ def report(
     rows: list[dict[str, Any]] = []
     notes = [note] if note else []
     answered = prompts if prompts and all(p.answer for p in prompts) else ()
+    # Of a recipe that differs between examples each prompt must meet its own.
+    bound = examples_of(recipe)
+    alike = len({(len(p), len(p.answer or ())) for p in answered}) == 1
     for what, texts in (("answers", answered), ("neutral text", text)):
         if not texts:
             continue
+        verb = "is" if texts is text else "are"
+        if bound and (texts is text or not alike):
+            why = "prompts of its own" if texts is text else "prompts of different lengths"
+            notes.append(f"{what} {verb} not measured: the recipe is for {bound} {why}")
+            continue
         try:
             found = measure(
-                model, texts, (recipe, *others), batch_size=batch_size, progress=progress
+                model, texts, (recipe, *others), batch_size=bound or batch_size, progress=progress
             )
         except SpanError as error:
-            notes.append(f"{what} is not measured: {error}")
+            notes.append(f"{what} {verb} not measured: {error}")
             continue
         rows.append(_row(f"cross-entropy of {what}", found.cross_entropy))
         if what == "answers":

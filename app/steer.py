@@ -3,7 +3,7 @@
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from app.keep import Answer, Keeping, digest, kept, key_of
 from app.loading import Source
 from app.steered import write_steered, write_sweep
 from app.steps import steps
-from app.subject import Subject, subject
+from app.subject import Subject, own_prompts, subject
 from app.tables import Format
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run(
     revision: o.Revision = None,
     offline: o.Offline = False,
     trust_remote_code: o.Trust = False,
+    dry_run: a.DryRun = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
@@ -79,19 +80,29 @@ def run(
     plan = s.wanted(
         recipe, op=op, heads=heads, strength=strength, site=site, at=at, keys=keys
     )  # fmt: skip
-    lines = neutral_lines(neutral)
+    lines = own_prompts(neutral)
     source.check()
+
+    def texts(model: "Model") -> "tuple[list[Prompt], list[Prompt]]":
+        mine = _texts(model, prompt) if prompt else asked.prompts(model)[0]
+        return mine, neutral_text(model, lines, windows, seed)
+
+    if dry_run:
+        _dry(source, plan, texts, "steer run", batch_size, tokens, controls, 1, format, quiet)
+        return
     loaded = source.load(quiet=quiet)
     made = s.for_any(plan.recipe(loaded), force=force)
-    data = _texts(loaded, prompt) if prompt else asked.prompts(loaded)[0]
-    text = neutral_text(loaded, lines, windows, seed)
+    data, text = texts(loaded)
+    size = s.check_examples(made, len(data)) or batch_size
     if plan.heads is not None and not quiet:
         plan.heads.say_models(source.name)
     key = key_of(
         loaded, "steer.run", **asked.key(data), **plan.about(made), tokens=tokens,
         controls=controls, neutral=digest(text),
     )  # fmt: skip
+    # Word by word means one prompt at a time, which a recipe for several does not allow.
     live = format is Format.auto and sys.stdout.isatty() and plan.op != "contrast"
+    live = live and not s.examples_of(made)
 
     def compute() -> Answer:
         from app.sidebyside import continued, rows_of, streamed
@@ -102,13 +113,13 @@ def run(
         else:
             with steps("prompts", quiet=quiet) as told:
                 plain, steered = (
-                    continued(loaded, data, some, tokens=tokens, batch_size=batch_size,
+                    continued(loaded, data, some, tokens=tokens, batch_size=size,
                               progress=told)
                     for some in (None, made)
                 )  # fmt: skip
         with steps("runs", quiet=quiet) as told:
             effects, notes = report(
-                loaded, made, data, text, controls=controls, seed=seed, batch_size=batch_size,
+                loaded, made, data, text, controls=controls, seed=seed, batch_size=size,
                 progress=told,
             )  # fmt: skip
         facts = {
@@ -131,6 +142,24 @@ def run(
     )
 
 
+def _dry(
+    source: Source, plan: s.Wanted, texts: "Callable[[Model], tuple[list[Prompt], list[Prompt]]]",
+    what: str, batch_size: int, tokens: int, controls: int, strengths: int, format: Format,
+    quiet: bool,
+) -> None:  # fmt: skip
+    from app.counts import count_steering
+    from app.outlook import Row, Work, forecast
+
+    def count(model: "Model") -> tuple[Work, Sequence[Row]]:
+        plan.recipe(model)  # says what does not fit
+        return count_steering(
+            *texts(model), batch_size=batch_size, tokens=tokens, controls=controls,
+            strengths=strengths,
+        )  # fmt: skip
+
+    forecast(source, count, what, format=format, quiet=quiet, passes="with random controls")
+
+
 def _asked(
     prompt: Sequence[str] | None, prompts: Path | None, task: str | None,
     param: Sequence[str] | None, n: int, batch_size: int, seed: int,
@@ -151,15 +180,6 @@ def _texts(model: "Model", texts: Sequence[str]) -> "list[Prompt]":
         [Line(f"--prompt {i}", text, None, id=f"prompt-{i}") for i, text in enumerate(texts, 1)],
         model,
     )
-
-
-def neutral_lines(place: Path | None) -> Any:
-    """The lines of a file of neutral text, or None."""
-    if place is None:
-        return None
-    from interp.promptfile import read_file
-
-    return read_file(place)
 
 
 def neutral_text(model: "Model", lines: Any, windows: int, seed: int) -> "list[Prompt]":
@@ -207,6 +227,7 @@ def sweep(
     revision: o.Revision = None,
     offline: o.Offline = False,
     trust_remote_code: o.Trust = False,
+    dry_run: a.DryRun = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
@@ -216,12 +237,20 @@ def sweep(
     values = None if strengths is None else _numbers(strengths)
     plan = s.wanted(recipe, op=op, heads=heads, strength=None, site=site, at=at, keys=keys)
     values = plan.fitting(_STRENGTHS) if values is None else values
-    lines = neutral_lines(neutral)
+    lines = own_prompts(neutral)
     source.check()
+
+    def texts(model: "Model") -> "tuple[list[Prompt], list[Prompt]]":
+        return asked.prompts(model)[0], neutral_text(model, lines, windows, seed)
+
+    if dry_run:
+        many = len(values)
+        _dry(source, plan, texts, "steer sweep", batch_size, 0, controls, many, format, quiet)
+        return
     loaded = source.load(quiet=quiet)
     made = [s.for_any(plan.recipe(loaded, x), force=force) for x in values]
-    data = asked.prompts(loaded)[0]
-    text = neutral_text(loaded, lines, windows, seed)
+    data, text = texts(loaded)
+    size = max(s.check_examples(x, len(data)) for x in made) or batch_size
     if plan.heads is not None and not quiet:
         plan.heads.say_models(source.name)
     key = key_of(
@@ -237,7 +266,7 @@ def sweep(
         with steps("strengths", quiet=quiet) as told:
             for i, (x, one) in enumerate(zip(values, made, strict=True)):
                 effects, said = report(
-                    loaded, one, data, text, controls=controls, seed=seed, batch_size=batch_size
+                    loaded, one, data, text, controls=controls, seed=seed, batch_size=size
                 )
                 rows += [{"strength": x, **row} for row in effects]
                 notes |= dict.fromkeys(said)

@@ -1,4 +1,4 @@
-"""`headscope steer fit`, `bake` and `show`: recipe files made, folded into weights, explained."""
+"""`headscope steer bake` and `show`: recipe files folded into weights, and explained."""
 
 import errno
 from pathlib import Path
@@ -9,124 +9,17 @@ import typer
 from app import actoptions as a
 from app import options as o
 from app.exits import UsageError, say
-from app.headset import parse
-from app.labelled import read_labelled, word
 from app.loading import Source, waiting
-from app.probe import Draws, Folds, Kind, Span, check_draws
 from app.steering import for_any, load_recipe
-from app.subject import check_tower
 from app.tables import Format, Part, Table, write
-from interp.errors import InputError, UnknownNameError
+from interp.errors import InputError
 
 if TYPE_CHECKING:
     from interp.recipe import Recipe
 
-METHODS = ("iti", "mean-difference")
 File = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run of steer run.")
 ]
-
-
-def fit(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help=f"{' or '.join(METHODS)}.")],
-    prompts: a.Labelled,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe file to write.")],
-    model: o.Model = o.DEFAULT_MODEL,
-    heads: a.Heads = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Number of heads.")] = 10,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            "--strength", "-s", help="In standard deviations for iti (15), else gaps (1)."
-        ),
-    ] = None,
-    towards: Annotated[
-        str | None, typer.Option(help="Label to move to; the last if absent.")
-    ] = None,
-    kind: Kind = "ridge",
-    span: Span = None,
-    folds: Folds = 5,
-    draws: Draws = 99,
-    format: o.Formatted = Format.auto,
-    batch_size: a.BatchSize = 8,
-    seed: a.Seed = 0,
-    tower: a.Tower = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    attn: o.Attn = None,
-    revision: o.Revision = None,
-    offline: o.Offline = False,
-    trust_remote_code: o.Trust = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
-    """Fit a recipe that moves heads towards a label, from labelled prompts."""
-    from app.catalog import check
-
-    if method not in METHODS:
-        raise UnknownNameError("way to fit a recipe", method, METHODS)
-    check("probe", kind)
-    check_draws(draws)
-    if heads and method == "iti":
-        raise UsageError("iti chooses its heads by probing; --heads goes with mean-difference")
-    chosen = parse(heads) if heads else None
-    source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
-    source.check()
-    data = read_labelled(prompts)
-    target = data.towards(towards)
-    loaded = source.load(quiet=quiet)
-    check_tower(loaded, tower)
-    from interp.promptfile import to_prompts
-    from probes import fit_iti, fit_mean_difference
-
-    made = to_prompts(data.lines, loaded)
-    common: dict[str, Any] = {
-        "k": k, "towards": target, "groups": data.groups, "probe": kind, "folds": folds,
-        "draws": draws, "span": span, "batch_size": batch_size, "tower": tower, "seed": seed,
-    }  # fmt: skip
-    with waiting(f"fitting {method}", quiet=quiet):
-        if method == "iti":
-            alpha = 15.0 if strength is None else strength
-            recipe = fit_iti(loaded, made, data.labels, alpha=alpha, **common)
-        else:
-            recipe = fit_mean_difference(
-                loaded, made, data.labels, strength=1.0 if strength is None else strength,
-                heads=None if chosen is None else chosen.of(loaded, tower=tower), **common,
-            )  # fmt: skip
-    path = recipe.save(out)
-    _write_heads(recipe, f"{method}: {source.name}", str(path), format)
-    if not quiet:
-        words = {str(label): word(label) for label in data.labels}
-        towards, away = (words.get(str(recipe.notes[x]), "?") for x in ("towards", "away"))
-        say(f"saved: {path}; towards {towards}, away from {away}")
-
-
-def _write_heads(recipe: "Recipe", title: str, path: str, format: Format) -> None:
-    scores = recipe.notes.get("scores", {})
-    claimed = set(recipe.notes.get("claimed", ()))
-    rows = []
-    for edit in recipe.edits:
-        for i, head in enumerate(edit.where.heads or ()):
-            amount = edit.strength
-            one = (
-                amount
-                if isinstance(amount, float | None)
-                else amount[i]
-                if amount.dim()
-                else amount
-            )
-            rows.append({
-                "head": str(head), "strength": None if one is None else float(one),
-                "score": scores.get(str(head)),
-                "claimed": (str(head) in claimed) if scores else None,
-            })  # fmt: skip
-    note = ""
-    if "max_null" in recipe.notes:
-        note = f"the best head reaches {float(recipe.notes['max_null']):.3g} by luck"
-    part = Part(title, rows, note=note)
-    facts = {"recipe": path, "hash": recipe.hash, "notes": dict(recipe.notes)}
-    write(Table("headscope.steer.fit", ("head", "strength", "score", "claimed"), [part], facts,
-                limit=None), format)  # fmt: skip
 
 
 def bake(

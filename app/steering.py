@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.exits import UsageError
+from app.catalog import check
+from app.exits import UsageError, usage
 from app.folders import base
 from app.headset import HeadSet, parse
-from app.subject import usage
 from interp.errors import InputError, RunError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ def wanted(
             if value:
                 raise UsageError(f"{name} goes with --op; a recipe says it itself")
         return Wanted(load_recipe(recipe), "", None, strength, "", at, keys, recipe.stem)
+    assert op is not None
+    check("op", op)
     from interp.recipe.ops import OPS, SITES, AttentionOp
 
-    assert op is not None
     known = OPS[op]
     if known.tensors:
         raise UsageError(
@@ -176,6 +177,8 @@ def load_recipe(path: Path) -> "Recipe":
     for run in (path, base() / path):
         if (run / RECIPE).is_file():
             return Recipe.load(run / RECIPE)
+    named = Path(f"{path}.safetensors")  # as a recipe without a suffix is saved
+    path = path if path.is_file() or not named.is_file() else named
     if not path.is_file():
         raise RunError(
             f"there is no recipe {path}", hint="headscope steer fit and steer run make one"
@@ -224,3 +227,34 @@ def for_any(recipe: "Recipe", *, force: bool) -> "Recipe":
     # A second run of contrast is bound by itself.
     edits = [replace(e, twin=e.twin and for_any(e.twin, force=True)) for e in recipe.edits]
     return replace(recipe, edits=tuple(edits), fingerprint=None)
+
+
+def examples_of(recipe: "Recipe") -> int:
+    """How many examples the strengths and tensors of a recipe are given for; 0 if for any.
+
+    Such a recipe is for these very prompts, in their order and in one batch.
+    """
+    found = {0}
+    for edit in recipe.edits:
+        s = edit.strength
+        if not isinstance(s, float | int | None) and s.dim() == 2:
+            found.add(s.shape[1])
+        found |= {t.shape[1] for t in edit.tensors.values() if t.dim() == 4}
+        found |= {examples_of(edit.twin)} if edit.twin is not None else set()
+    n = max(found)
+    return n if n > 1 else 0
+
+
+def check_examples(recipe: "Recipe", n: int) -> int:
+    """Refuse another number of prompts than a recipe is given for; returns that number.
+
+    Raises:
+        InputError: it is for another number.
+    """
+    bound = examples_of(recipe)
+    if bound and n != bound:
+        raise InputError(
+            f"the recipe is for {bound} prompts, in their order; got {n}",
+            hint="give those it was made on: --prompts, or --task with the same --n and --seed",
+        )
+    return bound

@@ -9,13 +9,18 @@ from app import params
 from app.catalog import check
 from app.exits import UsageError
 from app.keep import digest
-from interp.errors import InputError, UnknownNameError
+from interp.errors import PromptFileError, UnknownNameError
 
 if TYPE_CHECKING:
+    from interp.metrics import Metric
     from interp.model import Model
+    from interp.pairfile import PairLine
     from interp.promptfile import Line
     from interp.prompts import Prompt, PromptPair
     from interp.tasks import Task
+
+
+NEVER, MAYBE, ALWAYS = "never", "maybe", "always"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Subject:
         batch_size: prompts at a time.
         seed: seed of the task.
         tower: tower to act on; the model's first if None.
+        own: own pairs, or None.
     """
 
     task: str | None
@@ -39,11 +45,17 @@ class Subject:
     batch_size: int
     seed: int
     tower: str | None = None
+    own: "Sequence[PairLine] | None" = None
 
     @property
     def name(self) -> str:
-        """The task's name, or that these are own prompts."""
-        return self.task or "own prompts"
+        """The task's name, or that these are own prompts or pairs."""
+        return self.task or ("own prompts" if self.own is None else "own pairs")
+
+    @property
+    def paired(self) -> bool:
+        """Whether there is a corrupted prompt to each."""
+        return self.own is not None or (self.task is not None and is_pairs(self.task))
 
     def make(self) -> "Task | None":
         """The task; None for own prompts.
@@ -71,9 +83,16 @@ class Subject:
         return to_prompts(self.lines or (), model), "all"
 
     def pairs(self, model: "Model") -> "list[PromptPair]":
-        """The pairs of a task of pairs; see `check_pairs`."""
+        """Own pairs, or those of a task of pairs; see `check_pairs`.
+
+        Raises:
+            InputError: pairs that do not fit the model.
+        """
+        from interp.pairfile import to_pairs
         from interp.tasks.pairs import PairTask
 
+        if self.own is not None:
+            return to_pairs(self.own, model)
         task = self.make()
         assert isinstance(task, PairTask)
         return task.pairs(model, self.n, seed=self.seed)
@@ -93,13 +112,28 @@ def subject(
     *,
     param: Sequence[str] | None = None,
     method: str | None = None,
+    kind: str = "method",
     detector: str | None = None,
     n: int = 20,
     batch_size: int = 8,
     seed: int = 0,
     tower: str | None = None,
+    pairs: str = NEVER,
 ) -> Subject:
     """Check what a command line names; prompts are read, no model is.
+
+    Args:
+        task: name of a task.
+        prompts: file of prompts.
+        param: parameters as given.
+        method: method they may belong to.
+        kind: what that is, see `app.catalog`.
+        detector: detector they may belong to.
+        n: prompts of a task.
+        batch_size: prompts at a time.
+        seed: seed of the task.
+        tower: tower to act on.
+        pairs: whether the file holds pairs: `NEVER`, `MAYBE` (as its first line says), `ALWAYS`.
 
     Raises:
         UsageError: both or neither of task and prompts, or a parameter of another form.
@@ -118,37 +152,81 @@ def subject(
             continue
         where, equals, value = text.partition("=")
         key = where.removeprefix(f"{method}:")
-        known = check("method", method).params
+        known = check(kind, method).params
         if not equals:
             raise UsageError(f"--param must be NAME:KEY=VALUE; got {text!r}")
         if key not in known:
-            raise UnknownNameError(f"parameter of method {method!r}", key, known)
+            raise UnknownNameError(f"parameter of {kind} {method!r}", key, known)
         mine.setdefault(method, {})[key] = value
     if rest and task is None and detector is None:
         raise UsageError(f"--param {rest[0]} belongs to no task or method of this command")
     read = params.read(rest, () if detector is None else (detector,), task) if rest else {}
-    lines = None
+    lines = own = None
     if prompts is not None:
-        from interp.promptfile import read_file
-
-        lines = read_file(prompts)
-    return Subject(task, lines, {**read, **mine}, n, batch_size, seed, tower)
+        lines, own = _read(prompts, pairs)
+    return Subject(task, lines, {**read, **mine}, n, batch_size, seed, tower, own)
 
 
-def check_pairs(task: str) -> None:
+def _read(
+    place: Path, pairs: str
+) -> "tuple[Sequence[Line], None] | tuple[None, Sequence[PairLine]]":
+    """The prompts of a file, or its pairs."""
+    from interp import pairfile, promptfile
+    from interp.jsonlines import bytes_of
+
+    data, name = bytes_of(place)
+    found = pairfile.holds_pairs(data)
+    if pairs == ALWAYS or (pairs == MAYBE and found):
+        return None, pairfile.parse(data, name)
+    if found:
+        raise PromptFileError(
+            f"{name}: prompts are needed; these are pairs, clean and corrupted",
+            hint='pairs are for ablate, patch and attribute; a prompt is {"text": ...}',
+        )
+    return promptfile.parse(data, name), None
+
+
+def own_prompts(place: Path | None) -> "Sequence[Line] | None":
+    """The prompts of a file, if there is one.
+
+    Raises:
+        PromptFileError: they cannot be read, or are pairs.
+    """
+    return None if place is None else _read(place, NEVER)[0]
+
+
+def check_pairs(asked: Subject) -> None:
     """Refuse a task without pairs, before a model is loaded.
 
     Raises:
-        UsageError: the task makes no pairs.
+        UsageError: the task makes no pairs, or a value of a parameter does not fit.
     """
     from interp.tasks import TASKS
 
-    if not is_pairs(task):
+    if not asked.paired:
         known = [name for name in TASKS if is_pairs(name)]
         raise UsageError(
-            f"this needs a task of pairs, clean and corrupted; {task} has none",
-            hint=f"tasks of pairs: {', '.join(known)}",
+            f"this needs a task of pairs, clean and corrupted; {asked.name} has none",
+            hint=f"tasks of pairs: {', '.join(known)}; or --prompts FILE with pairs of your own",
         )
+    asked.make()
+
+
+def check_answers(lines: "Sequence[PairLine]", metric: "Metric") -> None:
+    """Refuse pairs without the answers that a metric needs, before a model is loaded.
+
+    Raises:
+        PromptFileError: a pair has none.
+    """
+    for line in lines:
+        lacking = "answer" if line.answer is None else "wrong" if line.wrong is None else ""
+        if lacking == "answer" or (lacking and metric.needs_wrong):
+            other = "" if lacking == "answer" else ", or choose --metric log-prob"
+            raise PromptFileError(
+                f'{line.place}: metric {metric.name!r} needs "{lacking}" in every pair; this '
+                f"one has none",
+                hint=f'write {{..., "{lacking}": " word"}}{other}',
+            )
 
 
 def check_tower(model: "Model", tower: str | None) -> None:
@@ -167,8 +245,3 @@ def is_pairs(task: str) -> bool:
     from interp.tasks.pairs import PairTask
 
     return issubclass(TASKS[task], PairTask)
-
-
-def usage(error: InputError) -> UsageError:
-    """A mistake in a value of the command line, as such."""
-    return UsageError(str(error), hint=error.hint)

@@ -2,6 +2,7 @@
 
 import hashlib
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +65,7 @@ def verdict(
     revision: o.Revision = None,
     offline: o.Offline = False,
     trust_remote_code: o.Trust = False,
+    dry_run: a.DryRun = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
@@ -88,14 +90,24 @@ def verdict(
         "most": most, "controls": controls, "op": op, "least": least, "fdr": fdr,
         "scores": None if made_earlier is None else _content(made_earlier),
     }  # fmt: skip
+    [judge] = params.detectors_of([detector], asked.params)
+    made = None if prompts is not None else params.task_of(task, [judge], asked.params)
+    if dry_run:
+        from app.counts import count_verdict
+        from app.outlook import forecast
+
+        count = partial(
+            count_verdict, asked, judge, made, chosen, scores is not None, most, controls
+        )
+        forecast(source, count, f"a verdict on {detector}", format=format, quiet=quiet,
+                 passes="at most, before the further sets")  # fmt: skip
+        return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
     ids = None if chosen is None else chosen.of(loaded, tower=tower)
     if chosen is not None and not quiet:
         chosen.say_models(source.name)
-    [judge] = params.detectors_of([detector], asked.params)
     own = asked.prompts(loaded)[0] if prompts is not None else None
-    made = None if prompts is not None else params.task_of(task, [judge], asked.params)
     key = key_of(
         loaded, "verdict", detector=detector, detector_params=judge.params, settings=settings,
         heads=None if ids is None else [str(h) for h in ids],

@@ -15,7 +15,7 @@ Sources: Nanda 2023, "Attribution patching"; Syed et al. 2310.10348; Kramár et 
 sections 3.1 (QK fix) and appendix (keys one position at a time).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -66,6 +66,8 @@ class AttributionPatching(Method):
     name: ClassVar[str] = "atp"
     summary: ClassVar[str] = "estimate patch effects from one gradient, pattern changes exactly"
     citation: ClassVar[str] = "Kramar et al. 2024, arXiv 2403.00745, sections 2.2 and 3.1"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {"site": PORTS, "direction": DIRECTIONS}
+    least: ClassVar[Mapping[str, int]] = {"verify": 0}
     exact: ClassVar[bool] = False
 
     def scores(self, pairs: Pairs, *, progress: Progress | None = None) -> HeadScores:

@@ -12,7 +12,7 @@ Sources: Wang et al. 2211.00593, section 3.1 and appendix B; Elhage et al. 2021 
 Lieberum et al. 2307.09458, section 2 (direct effect with a frozen norm).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -30,10 +30,19 @@ from interp.replay import Record, Replay
 from interp.scores import HeadScores
 from interp.seam.structure import Layer
 from patching.effects import table
-from patching.engine import SITES, base_run, by_layer, prepared, size_of_launch, units_of
+from patching.engine import (
+    DIRECTIONS,
+    SITES,
+    base_run,
+    by_layer,
+    prepared,
+    size_of_launch,
+    units_of,
+)
 from patching.method import METHODS, Method
 from patching.pairs import Pairs
 from patching.readout import Readout, readout
+from patching.references import REFERENCES
 
 MLPS = ("frozen", "live")
 _ADDS: "WeakKeyDictionary[Model, dict[str, bool]]" = WeakKeyDictionary()
@@ -306,6 +315,9 @@ class Direct(Method):
     name: ClassVar[str] = "direct"
     summary: ClassVar[str] = "effect on the logits through no other head; closed form"
     citation: ClassVar[str] = "Wang et al. 2022, arXiv 2211.00593, section 3.1"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {
+        "mlps": MLPS, "direction": DIRECTIONS, "reference": REFERENCES,
+    }  # fmt: skip
 
     def scores(
         self, pairs: Pairs, *, progress: Callable[[int, int], None] | None = None

@@ -15,7 +15,7 @@ output to the stream as it is; whether it does is measured in every run, by grad
 Sources: Syed et al. 2310.10348; Hanna et al. 2403.17806.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,6 +60,8 @@ class EdgeAttributionPatching(Method):
     name: ClassVar[str] = "eap"
     summary: ClassVar[str] = "estimate effects of edges between heads from one gradient"
     citation: ClassVar[str] = "Syed et al. 2023, arXiv 2310.10348, section 2"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {"direction": DIRECTIONS, "how": HOWS}
+    least: ClassVar[Mapping[str, int]] = {"verify": 0}
     exact: ClassVar[bool] = False
 
     def slopes(self, batch: PairBatch) -> list[tuple[float, Tensor | None]]:

@@ -12,7 +12,7 @@ two runs alone, whatever the number of steps).
 Source: Hanna et al. 2024, arXiv 2403.17806, section 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -23,7 +23,8 @@ from interp.errors import InputError
 from interp.scores import HeadScores
 from patching.atp import PORTS, AttributionPatching, check_choice, estimates
 from patching.eap import EdgeAttributionPatching
-from patching.engine import base_run
+from patching.edges import HOWS
+from patching.engine import DIRECTIONS, base_run
 from patching.gradients import Trace, gradients, trace
 from patching.method import METHODS, Method
 from patching.pairs import PairBatch, Pairs
@@ -71,6 +72,10 @@ class EdgeIntegratedGradients(EdgeAttributionPatching):
     name: ClassVar[str] = "eap-ig"
     summary: ClassVar[str] = "estimate effects of edges from gradients between the two inputs"
     citation: ClassVar[str] = "Hanna et al. 2024, arXiv 2403.17806, section 3"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {
+        "direction": DIRECTIONS, "how": HOWS, "rule": RULES,
+    }  # fmt: skip
+    least: ClassVar[Mapping[str, int]] = {"verify": 0, "steps": 1}
 
     def slopes(self, batch: PairBatch) -> list[tuple[float, Tensor | None]]:
         """See `EdgeAttributionPatching`."""
@@ -101,6 +106,10 @@ class IntegratedGradients(Method):
     summary: ClassVar[str] = "estimate patch effects from gradients between the two inputs"
     citation: ClassVar[str] = "Hanna et al. 2024, arXiv 2403.17806, section 3"
     exact: ClassVar[bool] = False
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {
+        "site": PORTS, "direction": DIRECTIONS, "rule": RULES,
+    }  # fmt: skip
+    least: ClassVar[Mapping[str, int]] = {"verify": 0, "steps": 1}
 
     def scores(self, pairs: Pairs, *, progress: Progress | None = None) -> HeadScores:
         """See `Method`.

@@ -8,7 +8,7 @@ saturated softmax hides heads from it entirely, so a zero is no evidence.
 Source: Michel et al. 2019, arXiv 1905.10650, section 4.1, and its code.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -150,6 +150,7 @@ class Importance(Method):
     name: ClassVar[str] = "importance"
     summary: ClassVar[str] = "size of the metric's slope in a gate on each head; first order"
     citation: ClassVar[str] = "Michel et al. 2019, arXiv 1905.10650, section 4.1"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {"per": PER}
     exact: ClassVar[bool] = False
 
     def scores(

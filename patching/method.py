@@ -1,11 +1,11 @@
 """Patching methods: each a frozen dataclass in a file of its own that registers itself."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from interp.errors import UnknownNameError
+from interp.errors import InputError, UnknownNameError
 from interp.registry import Registry
 
 if TYPE_CHECKING:
@@ -22,12 +22,27 @@ class Method(ABC):
         summary: one line.
         citation: paper and section.
         exact: whether its effects are measured, not estimated.
+        choices: parameter to the words that it may be.
+        least: parameter to the smallest number that it may be.
+
+    Raises:
+        InputError: a parameter is none of its choices, or below its least.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     citation: ClassVar[str]
     exact: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {}
+    least: ClassVar[Mapping[str, int]] = {}
+
+    def __post_init__(self) -> None:
+        for name, known in self.choices.items():
+            if (value := getattr(self, name)) not in (words := tuple(known)):
+                raise InputError(f"{name} must be one of {', '.join(words)}; got {value!r}")
+        for name, least in self.least.items():
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"{name} must be at least {least}; got {value}")
 
     @abstractmethod
     def scores(
@@ -44,7 +59,7 @@ def make_method(name: str, params: Mapping[str, Any] | None = None) -> Method:
 
     Raises:
         UnknownNameError: no such method, or no such parameter.
-        InputError: a value is not of the parameter's type.
+        InputError: a value is not of the parameter's type, or the method refuses it.
     """
     from interp.tasks import read_like
 

@@ -1,13 +1,14 @@
 """Activation patching of every head, and ablation by zero, mean or another example's value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from interp.scores import HeadScores
-from patching.engine import head_effects
+from patching.engine import DIRECTIONS, SITES, head_effects
 from patching.method import METHODS, Method
 from patching.pairs import Pairs
+from patching.references import REFERENCES
 
 
 @METHODS.register("patch")
@@ -26,6 +27,7 @@ class Patch(Method):
     name: ClassVar[str] = "patch"
     summary: ClassVar[str] = "replace a head's activation by the other prompt's; exact"
     citation: ClassVar[str] = "Wang et al. 2022, arXiv 2211.00593, section 3"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {"site": SITES, "direction": DIRECTIONS}
 
     def scores(
         self, pairs: Pairs, *, progress: Callable[[int, int], None] | None = None
@@ -52,6 +54,7 @@ class Ablate(Method):
     name: ClassVar[str] = "ablate"
     summary: ClassVar[str] = "take a head away: zero, mean or resample; exact"
     citation: ClassVar[str] = "Michel et al. 2019, arXiv 1905.10650; Wang et al. 2211.00593"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {"reference": REFERENCES}
 
     def scores(
         self, pairs: Pairs, *, progress: Callable[[int, int], None] | None = None

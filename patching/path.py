@@ -12,7 +12,7 @@ Sources: Wang et al. 2211.00593, appendix B; Goldowsky-Dill et al. 2304.05969.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,9 +31,18 @@ from interp.seam.calls import AttnCall
 from interp.seam.structure import Layer
 from patching.direct import MLPS
 from patching.effects import table
-from patching.engine import SITES, base_run, by_layer, prepared, size_of_launch, units_of
+from patching.engine import (
+    DIRECTIONS,
+    SITES,
+    base_run,
+    by_layer,
+    prepared,
+    size_of_launch,
+    units_of,
+)
 from patching.method import METHODS, Method
 from patching.pairs import PairBatch, Pairs
+from patching.references import REFERENCES
 
 LOGITS = "logits"
 EMBED = "embed"
@@ -86,17 +95,19 @@ def read_receivers(model: Model, receivers: str | Iterable[str | Receiver]) -> t
         InputError: the logits are named beside other receivers, or a text is no receiver.
         HeadIdError: a head lies outside the model.
     """
-    if isinstance(receivers, str):
-        receivers = receivers.split(",")
-    chosen = list(receivers)
+    out = _parsed(receivers)
+    for receiver in out:
+        receiver.check(model)
+    return out
+
+
+def _parsed(receivers: str | Iterable[str | Receiver]) -> tuple[Receiver, ...]:
+    chosen = receivers.split(",") if isinstance(receivers, str) else list(receivers)
     if chosen == [LOGITS]:
         return ()
     if not chosen or LOGITS in chosen:
         raise InputError(f"receivers are either {LOGITS!r} or inputs of heads; got {chosen}")
-    out = tuple(r if isinstance(r, Receiver) else Receiver.parse(r) for r in chosen)
-    for receiver in out:
-        receiver.check(model)
-    return out
+    return tuple(r if isinstance(r, Receiver) else Receiver.parse(r) for r in chosen)
 
 
 @torch.no_grad()
@@ -417,6 +428,13 @@ class Path(Method):
     name: ClassVar[str] = "path"
     summary: ClassVar[str] = "path patching from each head to the logits or inputs of heads; exact"
     citation: ClassVar[str] = "Wang et al. 2022, arXiv 2211.00593, appendix B"
+    choices: ClassVar[Mapping[str, Iterable[str]]] = {
+        "mlps": MLPS, "direction": DIRECTIONS, "reference": REFERENCES,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _parsed(self.receivers)
 
     def scores(
         self, pairs: Pairs, *, progress: Callable[[int, int], None] | None = None

@@ -175,7 +175,7 @@ def test_verification_measures_the_top_and_a_sample_and_can_be_turned_off():
         verify_top(off, pairs, k=0, sample=0)
     with pytest.raises(InputError, match="pairs they were made on"):
         verify_top(off, flips(3))
-    with pytest.raises(InputError, match="not be negative"):
+    with pytest.raises(InputError, match="verify must be at least 0"):
         AttributionPatching(verify=-1).scores(pairs)
 
 
