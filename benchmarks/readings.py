@@ -70,7 +70,10 @@ SHAPES = {
     "gpt2": "GPT-2-small width",
     "gqa": "16 query, 4 key-value heads",
     "gpt2-small": "GPT-2 small with its vocabulary",
+    "image-576": "LLaVA with an image of 576 tokens, T = 661",
+    "image-2304": "LLaVA with an image of 2,304 tokens, T = 2,389",
 }
+IMAGES = {"image-576": 24, "image-2304": 48}
 PEERS = ("eager", "transformer_lens", "nnsight")
 TITLES = {
     "bare": "bare forward",
@@ -90,6 +93,8 @@ def make(shape: str, layers: int, length: int, attn: str = "sdpa") -> torch.nn.M
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    if shape in IMAGES:
+        return eyed(IMAGES[shape], layers, attn)
     if shape != "gqa":
         config = GPT2Config(
             n_layer=layers, vocab_size=1024 if shape == "gpt2" else 50257, bos_token_id=0,
@@ -102,6 +107,43 @@ def make(shape: str, layers: int, length: int, attn: str = "sdpa") -> torch.nn.M
         attn_implementation=attn, bos_token_id=0, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def eyed(side: int, layers: int, attn: str) -> torch.nn.Module:
+    """A LLaVA whose decoder has the shape `gqa` and whose image makes side² tokens."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        image_size=14 * side, patch_size=14,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=8192,
+        bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=1023, vision_feature_layer=-1,
+        attn_implementation=attn,
+    )  # fmt: skip
+    return Llava(config).eval()
+
+
+def pictured(side: int) -> Prompt:
+    """Twenty words, an image of side² patches, and words to 64 more."""
+    gen = torch.Generator().manual_seed(1)
+    words = torch.randint(1, 1000, (84,), generator=gen).tolist()
+    n = side * side
+    ids = (0, *words[:19], *[1023] * n, *words[19:])
+    pixels = torch.randn(1, 3, 14 * side, 14 * side, generator=gen)
+    spans = {"bos": ((0, 1),), "needle": ((24, 32),), "image": ((20, 20 + n),)}
+    return Prompt(ids, spans, inputs={"pixel_values": pixels})
+
+
+def asked(shape: str, length: int) -> Prompt:
+    """The prompt of a shape."""
+    return pictured(IMAGES[shape]) if shape in IMAGES else prompt(length)
 
 
 def prompt(length: int) -> Prompt:
@@ -123,7 +165,7 @@ def way(name: str, shape: str, layers: int, length: int) -> Callable[[], torch.T
     if name in PEERS:
         return peer(name, shape, layers, length)
     model = load(make(shape, layers, length))
-    batch = Batch.of([prompt(length)])
+    batch = Batch.of([asked(shape, length)])
     model.structure
     if name == "bare":
         return lambda: bare(model, batch)
@@ -151,14 +193,14 @@ def bare(model: Model, batch: Batch) -> torch.Tensor:
 
 def peer(name: str, shape: str, layers: int, length: int) -> Callable[[], torch.Tensor]:
     """The same prompt through another tool."""
-    batch = Batch.of([prompt(length)])
+    batch = Batch.of([asked(shape, length)])
     hf = make(shape, layers, length, "eager")
     if name == "eager":
 
         @torch.no_grad()
         def eager() -> torch.Tensor:
             out = hf(**batch.inputs(), output_attentions=True, use_cache=False)
-            assert len(out.attentions) == layers
+            assert len(out.attentions) >= layers
             return out.logits  # type: ignore[no-any-return]
 
         return eager
@@ -201,6 +243,8 @@ def peer(name: str, shape: str, layers: int, length: int) -> Callable[[], torch.
 def fits(name: str, shape: str, layers: int, length: int) -> bool:
     """Whether a way that keeps whole patterns fits into 12 GB."""
     heads = 16 if shape == "gqa" else 12
+    if shape in IMAGES:
+        return name not in ("transformer_lens", "nnsight")
     return name not in PEERS or (layers + 3) * heads * length**2 * 4 < 12e9
 
 
@@ -261,7 +305,7 @@ def status(field: str) -> int:
 def decoding(shape: str, layers: int, length: int, repeats: int, steps: int = 32) -> float:
     """Median ratio of generation with the retrieval reading to plain generation."""
     model = load(make(shape, layers, length))
-    batch = Batch.of([prompt(length)], side="left")
+    batch = Batch.of([asked(shape, length)], side="left")
     tower = model.tower("text")
     ratios = []
     for _ in range(repeats + 1):
@@ -279,9 +323,9 @@ def decoding(shape: str, layers: int, length: int, repeats: int, steps: int = 32
 
 def accuracy(shape: str, layers: int) -> float:
     """Largest difference of any statistic from the full matrix, T = 512, float32."""
-    length = 512
-    model = load(make(shape, layers, length))
-    item = prompt(length)
+    model = load(make(shape, layers, 512))
+    item = asked(shape, 512)
+    length = len(item)
     batch = Batch.of([item])
     found = read(model, batch, EVERYTHING)
     with torch.no_grad():
@@ -293,13 +337,13 @@ def accuracy(shape: str, layers: int) -> float:
     sums = torch.stack(
         [p[..., q, pairs[pairs[:, 0] == q, 1]].sum(-1) for q in rows], -1
     )  # fmt: skip
-    third = length // 3
+    (needle,), (image,) = item.spans["needle"], item.spans["image"]
     expected = {
         "sink": p[..., 0].mean(-1),
         "previous": p[..., i[1:], i[:-1]].mean(-1),
         "induction": sums.mean(-1),
-        "needle": p[..., third : third + 8].sum(-1).mean(-1),
-        "span": p[..., third : 2 * third].sum(-1).mean(-1),
+        "needle": p[..., slice(*needle)].sum(-1).mean(-1),
+        "span": p[..., slice(*image)].sum(-1).mean(-1),
         "distance": (p * (i[:, None] - i[None])).sum(-1).mean(-1),
         "entropy": -(p * p.clamp_min(1e-300).log()).sum(-1).mean(-1),
         "keys": p.sum(-2) / (length - i),
@@ -323,6 +367,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--section", default="", help="name of a part of the page of its own")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -343,6 +388,8 @@ def main() -> None:
         whole = shape == "gpt2-small"
         layers = 12 if whole else args.layers
         lengths = [4096] if whole else every_length
+        if shape in IMAGES:
+            lengths = [len(pictured(IMAGES[shape]))]
         ways = [w for w in every_way if not (whole and w in PEERS)]
         table: dict[str, dict[int, str]] = {name: {} for name in ways}
         for length in lengths:
@@ -369,22 +416,27 @@ def main() -> None:
         ratio = decoding(shape, layers, at, args.repeats)
         say(f"Retrieval scoring, T = {at:,} and 32 new tokens: {ratio:.2f} x plain generation.")
         worst = accuracy(shape, layers)
-        say(f"Largest difference of any statistic from the full matrix at T = 512: {worst:.1e}.")
+        say(
+            "Largest difference of any statistic from the full matrix (T = 512, or that of the "
+            f"image): {worst:.1e}."
+        )
     if args.write:
-        write(lines)
+        write(lines, args.section)
 
 
-def write(lines: list[str]) -> None:
+def write(lines: list[str], section: str) -> None:
     """Put the tables into docs/benchmarks.md between their marks."""
     page = ROOT / "docs" / "benchmarks.md"
     text = page.read_text() if page.exists() else "# Benchmarks\n"
-    begin, end = "<!-- readings: begin -->", "<!-- readings: end -->"
+    name = f"readings {section}".strip()
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    command = f"python {' '.join(sys.argv)}"
     block = f"{begin}\n{lines[0]}.\n" + "\n".join(lines[1:]) + f"\n{end}"
     if begin in text:
         head, rest = text.split(begin, 1)
         text = head + block + rest.split(end, 1)[1]
     else:
-        text += f"\n## Readings\n\n`python benchmarks/readings.py --write`\n\n{block}\n"
+        text += f"\n## {name.capitalize()}\n\n`{command}`\n\n{block}\n"
     page.write_text(text)
 
 

@@ -48,13 +48,17 @@ class Same(Relation):
 
     shift 0 is the duplicate-token relation, shift 1 the induction relation: the token that
     followed an earlier copy. Only keys before the query count; queries without any have no pair.
+    Tokens of an image share a placeholder and nothing else: each is a token of its own.
     """
 
     shift: int = 0
 
     def pairs(self, prompt: Prompt) -> PairArray:
         """See `Relation.pairs`."""
-        tokens = np.asarray(prompt.reference or prompt.tokens)
+        tokens = np.array(prompt.reference or prompt.tokens)
+        if "image" in prompt.spans:
+            patches = prompt.positions("image")
+            tokens[patches] = -1 - np.arange(len(patches))
         order = np.argsort(tokens, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(tokens[order]) != 0])
         parts = [np.empty((0, 2), dtype=np.int64)]

@@ -8,6 +8,7 @@ from reference import handle
 
 from interp.errors import InputError, PairError, SpanError
 from interp.prompts import Batch, Prompt, PromptPair
+from interp.readings import Same
 
 
 def test_all_is_every_position_unless_named_otherwise() -> None:
@@ -125,3 +126,11 @@ def test_a_model_refuses_prompts_it_cannot_take() -> None:
 def test_text_needs_a_tokenizer() -> None:
     with pytest.raises(InputError, match="text needs a tokenizer and llama has none"):
         handle("llama", "sdpa").encode("hello")
+
+
+def test_patches_of_an_image_are_no_copies_of_one_another():
+    prompt = Prompt((5, 9, 9, 9, 5, 7), {"image": ((1, 4),)})
+    assert Same(0).pairs(prompt).tolist() == [[4, 0]]
+    assert Same(1).pairs(prompt).tolist() == [[4, 1]]
+    plain = Prompt(prompt.tokens)
+    assert len(Same(0).pairs(plain)) == 4
