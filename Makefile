@@ -24,6 +24,10 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/seam.py
 	$(BIN)/python benchmarks/readings.py
+	$(BIN)/python benchmarks/patching.py
+	$(BIN)/python benchmarks/screening.py
+	$(BIN)/python benchmarks/probes.py
+	$(BIN)/python benchmarks/sight.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -23,38 +23,16 @@ from pathlib import Path
 import torch
 
 warnings.filterwarnings("ignore")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from patching_common import ROOT, make, pairs, put  # noqa: E402
 
 from interp import load  # noqa: E402
 from interp.model import Model  # noqa: E402
-from interp.prompts import Prompt, PromptPair  # noqa: E402
 from patching.engine import head_effects, head_position_effects  # noqa: E402
 from patching.pairs import Pairs  # noqa: E402
 
 Cell = tuple[int, int, int | None]
-VOCAB = 50257
-
-
-def make(layers: int) -> torch.nn.Module:
-    """GPT-2-small's shape with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, attn_implementation="sdpa")
-    return GPT2LMHeadModel(config).eval()
-
-
-def pairs(batch: int, length: int) -> list[PromptPair]:
-    """Random prompts; the corrupted one differs in the tokens after the first quarter."""
-    gen = torch.Generator().manual_seed(1)
-    out = []
-    for i in range(batch):
-        a, b = torch.randint(0, VOCAB, (2, length), generator=gen).tolist()
-        clean = Prompt(tuple(a), id=str(i), answer=(5,), meta={"wrong": 7})
-        same = length // 4
-        out.append(PromptPair(clean, Prompt((*a[:same], *b[same:]))))
-    return out
 
 
 def lens(model: torch.nn.Module, data: Pairs) -> Callable[[Cell], torch.Tensor]:
@@ -204,21 +182,7 @@ def main() -> None:
         print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
     if args.write:
-        write(lines)
-
-
-def write(lines: list[str]) -> None:
-    """Put the table into docs/benchmarks.md between its marks."""
-    page = ROOT / "docs" / "benchmarks.md"
-    text = page.read_text() if page.exists() else "# Benchmarks\n"
-    begin, end = "<!-- patching: begin -->", "<!-- patching: end -->"
-    block = "\n".join([begin, *lines, end])
-    if begin in text:
-        head, rest = text.split(begin, 1)
-        text = head + block + rest.split(end, 1)[1]
-    else:
-        text += f"\n## Patching\n\n`python benchmarks/patching.py --write`\n\n{block}\n"
-    page.write_text(text)
+        put(ROOT / "docs" / "benchmarks.md", "patching", lines, "python benchmarks/patching.py")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@
     pattern  as sweep                                   layers that materialise their own pattern
 
 Each answer says which kernel served which layer. The model's output keeps every bit.
+
+Towers of one model are read each in its own geometry. A vision tower's positions are those of its
+rows (images, tiles, or all images of a prompt), in the order in which it runs them. One that runs
+all rows as one sequence, and attends once a window, frame or image, is read piece by piece: a key
+of another piece has mass 0, and distances count places of the tower's order.
 """
 
 import math
@@ -21,6 +26,7 @@ from torch import Tensor
 
 from interp.errors import SiteError
 from interp.kernels import gather, sweep
+from interp.kernels.pieces import Pieces, Result
 from interp.kernels.plan import Plan, Side, compile_plan
 from interp.model import Model
 from interp.prompts import Batch
@@ -30,6 +36,8 @@ from interp.seam.structure import Tower
 
 # Towers whose positions are the prompt's tokens; others attend over patches or frames.
 _TOKENS = {"text", "encoder", "cross"}
+# Inputs that run through a vision tower one after the other.
+_RUNS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Answer:
     Attributes:
         values: [example, layer, head, …] in the order of `Tower.layers`; NaN where there is no
             such head, or where the example does not define the reading.
-        how: for each layer of the tower, the kernel that served it.
+        how: for each layer of the tower, the kernel that served it; several with + between them.
         se: standard error of each value, for sampled readings; else None.
     """
 
@@ -74,7 +82,8 @@ class Collector:
         seen = batch.view(tower.name)
         self.batch: Batch = batch if seen is None else seen[0]
         self._owners: tuple[int, ...] | None = None if seen is None else seen[1]
-        self._examples = len(batch)
+        self._prompts = batch.prompts
+        self._pieces: dict[str, Pieces] = {}
         self.readings = dict(readings)
         self._names = {layer.name: layer for layer in tower.layers}
         self._plans: dict[tuple[int, int, bool], Plan] = {}
@@ -98,19 +107,57 @@ class Collector:
         layer = self._names.get(call.name)
         if layer is None:
             return
-        if call.z.shape[0] != len(self.batch):
+        piece = self._is_piece(call)
+        if call.z.shape[0] != len(self.batch) and not piece:
             raise SiteError(
                 f"{call.name} attends in {call.z.shape[0]} groups, not once per example; readings "
                 f"of whole prompts do not apply to it"
             )
         if any(layer.name in found.values for found in self._found.values()):
             raise SiteError(f"{call.name} was called twice in one forward; readings need one call")
-        plan = self._plan(call.n_query, call.n_key, causal=layer.causal)
-        for name, (values, how, se) in answer(call, plan).items():
+        if piece:
+            if layer.name not in self._pieces:
+                self._pieces[layer.name] = self._rows(causal=layer.causal)
+            pieces = self._pieces[layer.name]
+            pieces.add(call)
+            if not pieces.done:
+                return
+            results = pieces.results()
+            del self._pieces[layer.name]
+        else:
+            results = answer(call, self._plan(call.n_query, call.n_key, causal=layer.causal))
+        for name, (values, how, se) in results.items():
             found = self._found[name]
             found.values[layer.name], found.how[layer.name] = values, how
             if se is not None:
                 found.se[layer.name] = se
+
+    def _is_piece(self, call: AttnCall) -> bool:
+        """Whether a call holds a part of a row of the tower, or rows one after another."""
+        if self._owners is None or call.z.shape[0] != 1 or call.n_query != call.n_key:
+            return False
+        return len(self.batch) > 1 or call.n_query < self._side(False).width
+
+    def _rows(self, *, causal: bool) -> Pieces:
+        """The rows of the tower, of which nothing is read yet."""
+        width = self._side(False).width
+        lengths = [len(p) for p in self.batch.prompts]
+        return Pieces(self._plan(width, width, causal=causal), lengths, self._run_order(), width)
+
+    def _run_order(self) -> list[int]:
+        """Rows in the order in which a tower runs them as one sequence: images before videos."""
+        assert self._owners is not None
+        runs: list[int] = []
+        for i in sorted(set(self._owners)):
+            n = self._owners.count(i)
+            given = [run for run, x in enumerate(_RUNS) if x in self._prompts[i].inputs]
+            if len(given) > 1 and len(given) != n:
+                raise SiteError(
+                    f"tower {self.tower.name!r} runs images and videos apart; the {n} rows of "
+                    f"prompt {self._prompts[i].id or '?'} do not say which they are"
+                )
+            runs += given if len(given) == n else (given or [0]) * n
+        return sorted(range(len(runs)), key=lambda row: runs[row])
 
     def _side(self, keys: bool) -> Side:
         batch = self.batch
@@ -133,8 +180,12 @@ class Collector:
         """Everything read so far.
 
         Raises:
-            SiteError: a layer of the tower was not reached.
+            SiteError: a layer of the tower was not reached, or not for all images.
         """
+        for name, pieces in self._pieces.items():
+            raise SiteError(
+                f"{name} attended over {pieces.at} positions; the images have {pieces.total}"
+            )
         out = {}
         for name, found in self._found.items():
             missing = [n for n in self._names if n not in found.values]
@@ -153,7 +204,7 @@ class Collector:
 
     def _by_example(self, values: Tensor, name: str) -> Tensor:
         """Rows of a vision tower as examples: the mean over an example's images and tiles."""
-        if self._owners is None or self._owners == tuple(range(self._examples)):
+        if self._owners is None or self._owners == tuple(range(len(self._prompts))):
             return values
         if values.dim() > 3 and not self.readings[name].averages:
             raise SiteError(
@@ -161,7 +212,7 @@ class Collector:
                 f"images or tiles in tower {self.tower.name!r}",
                 hint="give prompts with one image each",
             )
-        out = values.new_full((self._examples, *values.shape[1:]), math.nan)
+        out = values.new_full((len(self._prompts), *values.shape[1:]), math.nan)
         for i in sorted(set(self._owners)):
             out[i] = values[[row for row, owner in enumerate(self._owners) if owner == i]].nanmean(
                 0
@@ -213,24 +264,21 @@ def _inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     return inputs
 
 
-Result = tuple[Tensor, str, Tensor | None]
-
-
 @torch.no_grad()
 def answer(call: AttnCall, plan: Plan) -> dict[str, Result]:
     """Every reading of a plan for one call: values [example, head, …], kernel, standard error."""
     out: dict[str, Result] = {}
-    fast = call.lse is not None and call.softcap is None and call.sinks is None
+    fast, slow = gather.serves(call), sweep.source(call)
     for name, pairs in plan.pairs.items():
         if fast:
             out[name] = gather.pair_mass(call, pairs), "gather", None
         else:
-            out[name] = sweep.pair_mass(call, pairs), _slow(call), None
+            out[name] = sweep.pair_mass(call, pairs), slow, None
     for name, strip in plan.strips.items():
         if fast:
             out[name] = gather.strip_mass(call, strip), "gather", None
         else:
-            out[name] = sweep.pair_mass(call, strip.pairs), _slow(call), None
+            out[name] = sweep.pair_mass(call, strip.pairs), slow, None
     extra_at = 0
     for group in plan.groups:
         width = group.columns.shape[-1] if group.columns is not None else 0
@@ -241,17 +289,13 @@ def answer(call: AttnCall, plan: Plan) -> dict[str, Result]:
             extra_at += width
         if extra is not None:
             rows = {"columns": extra.transpose(1, 2).to(call.dtype)}
-            out.update(group.reduce(rows, call, "columns"))
+            out.update(group.reduce(rows, "columns"))
         else:
-            how = "sampled" if group.sample else _slow(call)
-            out.update(group.reduce(sweep.rows(call, group), call, how))
+            how = "sampled" if group.sample else slow
+            out.update(group.reduce(sweep.rows(call, group), how))
     for name, reduce in plan.values.items():
         out[name] = reduce(call), "z", None
     return out
-
-
-def _slow(call: AttnCall) -> str:
-    return "pattern" if call.pattern is not None else "sweep"
 
 
 def _stack(layers: list[Tensor]) -> Tensor:

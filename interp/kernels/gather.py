@@ -12,6 +12,11 @@ from interp.seam.calls import MASKED, AttnCall
 _CHUNK = 1 << 22  # elements of gathered q held at once
 
 
+def serves(call: AttnCall) -> bool:
+    """Whether the model's kernel left all that single entries need."""
+    return call.lse is not None and call.softcap is None and call.sinks is None
+
+
 def pair_mass(call: AttnCall, pairs: Pairs) -> Float[Tensor, "batch head"]:
     """Weighted sums of single entries for each example; NaN where it has none."""
     out = call.z.new_full((call.z.shape[0], call.n_heads), math.nan, dtype=call.dtype)

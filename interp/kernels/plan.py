@@ -103,7 +103,7 @@ class Strip:
         return Pairs(tuple(out))
 
 
-Reducer = Callable[[Mapping[str, Tensor], AttnCall], tuple[Tensor, Tensor | None]]
+Reducer = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -145,6 +145,24 @@ class Group:
         self.columns = torch.cat(parts, dim=-1)
         return slice(at, at + columns.shape[-1])
 
+    def part(self, b: int, rows: slice, keys: slice) -> "Group":
+        """Some rows of one example and the keys they see, both counted from the first such key.
+
+        Args:
+            b: the example.
+            rows: places in the list of its rows.
+            keys: the keys.
+        """
+        return Group(
+            [self.rows[b][rows] - keys.start],
+            [self.weights[b][rows]],
+            [self.spread[b][rows.start // 2 : rows.stop // 2]],
+            self.sample,
+            None if self.columns is None else self.columns[b : b + 1, keys],
+            self.wants,
+            {name: ([bins[b][rows, keys]], n) for name, (bins, n) in self.bins.items()},
+        )
+
     def mean(self, per_row: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Weighted means over rows of [head, row] values for each example, and standard errors."""
         means, errors = [], []
@@ -156,7 +174,7 @@ class Group:
         return torch.stack(means), torch.stack(errors) if self.sample is not None else None
 
     def reduce(
-        self, rows: Mapping[str, Tensor | list[Tensor]], call: AttnCall, how: str
+        self, rows: Mapping[str, Tensor | list[Tensor]], how: str
     ) -> dict[str, tuple[Tensor, str, Tensor | None]]:
         """The values of each reading of the group from its per-row quantities."""
         out = {}
@@ -165,7 +183,7 @@ class Group:
             assert isinstance(whole, Tensor)
             rows = {"columns": [_at(x, r) for x, r in zip(whole, self.rows, strict=True)]}
         for name, reducer in self.reducers.items():
-            values, se = reducer(rows, call)  # type: ignore[arg-type]
+            values, se = reducer(rows)  # type: ignore[arg-type]
             out[name] = values, how, se
         return out
 
@@ -344,7 +362,7 @@ def _bin_mass(group: Group, name: str, per: str) -> Reducer:
     listed, n = group.bins[name]
     count = [x.new_zeros(len(x), n + 1).scatter_add_(1, x, torch.ones_like(x)) for x in listed]
 
-    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
+    def reduce(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         values = []
         for mass, keys in zip(rows[f"bins/{name}"], count, strict=True):
             keys = keys[:, 1:].to(mass)
@@ -359,14 +377,14 @@ def _bin_mass(group: Group, name: str, per: str) -> Reducer:
 
 
 def _linear(group: Group, at: slice) -> Reducer:
-    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
+    def reduce(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         return group.mean([x[..., at.start] for x in rows["columns"]])
 
     return reduce
 
 
 def _distance(group: Group, at: slice, n_key: int) -> Reducer:
-    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
+    def reduce(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         per_row = []
         for x, r in zip(rows["columns"], group.rows, strict=True):
             mass, place = x[..., at.start], x[..., at.start + 1]
@@ -378,18 +396,18 @@ def _distance(group: Group, at: slice, n_key: int) -> Reducer:
 
 
 def _per_row(group: Group, key: str) -> Reducer:
-    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
+    def reduce(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         return group.mean(list(rows[key]))
 
     return reduce
 
 
 def _key_mass(group: Group, causal: bool, real: list[list[int]]) -> Reducer:
-    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
-        n = call.n_key
+    def reduce(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         values, errors = [], []
         for b, (r, w) in enumerate(zip(group.rows, group.weights, strict=True)):
             mass = rows["keymass"][b]
+            n = mass.shape[-1]
             if not causal:
                 seen = mass.new_full((n,), 1.0 if len(r) else 0.0)
             else:
@@ -411,7 +429,7 @@ def _key_mass(group: Group, causal: bool, real: list[list[int]]) -> Reducer:
 
 
 def _listed(key: str) -> Reducer:
-    def reduce(rows: Mapping[str, Tensor], call: AttnCall) -> tuple[Tensor, Tensor | None]:
+    def reduce(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         parts = list(rows[key])
         n = max(x.shape[1] for x in parts)
         if n == 0:

@@ -15,6 +15,11 @@ BLOCK = 64  # query rows at a time
 _ELEMENTS = 1 << 20  # entries of the pattern held at once
 
 
+def source(call: AttnCall) -> str:
+    """Whence a sweep has its rows: `pattern` if the model made them itself, else `sweep`."""
+    return "pattern" if call.pattern is not None else "sweep"
+
+
 def rows(call: AttnCall, group: Group) -> dict[str, list[Tensor]]:
     """The per-row quantities of a group, for each example.
 
