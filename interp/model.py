@@ -259,9 +259,10 @@ class Model:
         Prompts padded on the left get the positions they have alone, as `generate` gives them: many
         a forward counts padding as positions.
         """
-        return self.hf(**self._placed(inputs))
+        return self.hf(**self.placed(inputs))
 
-    def _placed(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def placed(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs with positions that leave out padding on the left, where the model counts."""
         mask = inputs.get("attention_mask")
         if mask is None or mask.dim() != 2 or "past_key_values" in inputs or bool(mask[:, 0].all()):
             return inputs

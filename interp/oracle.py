@@ -142,7 +142,7 @@ def _theirs(model: "Model", inputs: Mapping[str, Tensor]) -> tuple[dict[str, Ten
             point = getattr(module, "hook_pattern", None)
             if isinstance(point, nn.Module):
                 stack.callback(point.register_forward_hook(keep(name)).remove)
-        output = _first_floating(wrapped(**inputs))
+        output = _first_floating(wrapped(**model.placed(inputs)))
     # A component stands where the module was, and holds it as `_original_component`.
     plain = {name.replace("._original_component", ""): patterns for name, patterns in seen.items()}
     found: dict[str, Tensor] = {}

@@ -445,6 +445,7 @@ def test_damaged_and_newer_runs_are_refused_in_a_line(run) -> None:
 
 STOP = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from interp.run import Run
 put = Run.put_part
 def stopping(self, i, *rest):
