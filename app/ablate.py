@@ -11,12 +11,13 @@ from app import actoptions as a
 from app import options as o
 from app.effects import write_effects
 from app.exits import UsageError, say
+from app.given import MAYBE, Given, check_answered, check_speaks
 from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
 from app.pairwork import PairWork
 from app.steps import steps
-from app.subject import MAYBE, Subject, check_tower, subject
+from app.subject import Subject, check_tower, subject
 from app.tables import Format, Part, Table, write
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def ablate(
     model: o.Model = o.DEFAULT_MODEL,
     task: a.Task = None,
     prompts: a.PromptsOrPairs = None,
+    prompt: a.Texts = None,
+    image: a.Images = None,
+    corrupted_image: a.Corrupted = None,
+    answer: a.Answer = None,
+    wrong: a.Wrong = None,
     reference: Annotated[
         str, typer.Option(help="zero; or, with pairs, mean or resample.")
     ] = "zero",
@@ -70,9 +76,10 @@ def ablate(
     predict. Negative: it hurts.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
-    task = "needle" if task is None and prompts is None else task
+    given = Given(prompts, prompt or (), image or (), corrupted_image or (), answer, wrong)
+    task = "needle" if task is None and not given.options else task
     asked = subject(
-        task, prompts, param=param, n=n, batch_size=batch_size, seed=seed, tower=tower, pairs=MAYBE
+        task, given, param=param, n=n, batch_size=batch_size, seed=seed, tower=tower, pairs=MAYBE
     )  # fmt: skip
     if reference not in _REFERENCES:
         raise UsageError(f"--reference must be one of {', '.join(_REFERENCES)}; got {reference!r}")
@@ -105,6 +112,7 @@ def ablate(
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
+    check_speaks(loaded, "ablate")
     keeping = Keeping(
         save, out, ["ablate", reference], source.name,
         shlex.join(["headscope", *(context.obj or ())]), quiet, "sets" if joint else "ablate",
@@ -113,18 +121,20 @@ def ablate(
     if not quiet:
         chosen.say_models(source.name)
     if joint:
-        answer = _together(work, keeping, loaded, ids, controls, paired)
-        write_sets(answer, source.name, format=format, top=top, quiet=quiet)
+        found = _together(work, keeping, loaded, ids, controls, paired)
+        write_sets(found, source.name, format=format, top=top, quiet=quiet)
         return
-    answer = work.run(keeping, loaded, ids) if paired else _alone(asked, keeping, loaded, ids)
-    write_effects(answer, schema="headscope.ablate", format=format, top=top, quiet=quiet)
+    found = work.run(keeping, loaded, ids) if paired else _alone(asked, keeping, loaded, ids)
+    write_effects(found, schema="headscope.ablate", format=format, top=top, quiet=quiet)
 
 
 def _alone(asked: Subject, keeping: Keeping, model: "Model", ids: "list[HeadId]") -> Answer:
     """Zero ablation of each head on prompts without pairs."""
     from heads.outcome import with_targets
 
-    data = with_targets(*asked.prompts(model))
+    prompts, target = asked.prompts(model)
+    check_answered(prompts, "ablate")
+    data = with_targets(prompts, target)
     key = key_of(
         model, "ablate.zero", heads=[str(h) for h in ids], **asked.key(data)
     )  # fmt: skip
@@ -159,7 +169,10 @@ def _alone(asked: Subject, keeping: Keeping, model: "Model", ids: "list[HeadId]"
                  "notes": [f"the model is right in {right:.0%}"]}  # fmt: skip
         return Answer({table.detector: table}, facts)
 
-    return kept(keeping, key, compute, task=asked.name, seed=asked.seed)
+    from app.sights import BOXES, Sights
+
+    looks = Sights(model, lambda: prompts, asked.lines, asked.tower, BOXES)
+    return kept(keeping, key, compute, looks, task=asked.name, seed=asked.seed)
 
 
 def _ids(data: "Sequence[Prompt]") -> tuple[str, ...]:
@@ -180,6 +193,7 @@ def _together(
     asked = work.subject
     pairs = asked.pairs(model) if paired else None
     prompts, target = ([], "all") if pairs is not None else asked.prompts(model)
+    check_answered(prompts, "ablate")
     key = key_of(
         model, "ablate.joint", heads=[str(h) for h in ids], controls=controls,
         settings=dict(work.settings), metric=work.metric,
@@ -216,7 +230,12 @@ def _together(
         facts = {"rows": rows, "unit": unit, "base": base, "notes": [note] if note else []}
         return Answer({}, facts)
 
-    return kept(keeping, key, compute, task=asked.name, seed=asked.seed)
+    from app.sights import BOXES, HEADS, Sights
+
+    seen = prompts if pairs is None else [pair.clean for pair in pairs]
+    lines = asked.clean_lines
+    looks = Sights(model, lambda: seen, lines, asked.tower, BOXES, ids[:HEADS])
+    return kept(keeping, key, compute, looks, task=asked.name, seed=asked.seed)
 
 
 def drawn(

@@ -45,6 +45,21 @@ Labelled = Annotated[
         help='JSONL, {"text": ..., "label": ..., "group": ...} a line; - is stdin.',
     ),
 ]  # fmt: skip
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="An image for --prompt; several for several placeholders."),
+]
+Texts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="A prompt as text; may be given often.")
+]
+Corrupted = Annotated[
+    list[Path] | None,
+    typer.Option("--corrupted-image", help="The image of the corrupted prompt of that pair."),
+]
+Answer = Annotated[
+    str | None, typer.Option(help="What follows --prompt, with the space it begins with.")
+]
+Wrong = Annotated[str | None, typer.Option(help="What the answer of a pair is compared with.")]
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of the run; in runs/ if absent.")
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from app.exits import say
 
 if TYPE_CHECKING:
+    from app.sights import Sights
     from interp.model import Model
     from interp.prompts import Prompt
     from interp.scores import HeadScores
@@ -54,7 +55,11 @@ class Keeping:
 
 
 def kept(
-    keeping: Keeping, key: Mapping[str, Any], compute: Callable[[], Answer], **about: Any
+    keeping: Keeping,
+    key: Mapping[str, Any],
+    compute: Callable[[], Answer],
+    sights: "Sights | None" = None,
+    **about: Any,
 ) -> Answer:
     """The answer of a run of this key, or a new one, kept.
 
@@ -62,6 +67,7 @@ def kept(
         keeping: where and whether.
         key: all that the answer depends on.
         compute: makes the answer.
+        sights: what is kept of prompts with images, for overlays.
         about: further facts for `run.json`.
     """
     from interp.files import jsonable
@@ -98,6 +104,8 @@ def kept(
             run.finish(list(made.tables.values()))
             answer = Answer(made.tables, made.facts, run.folder)
             news = f"saved: {run.folder}"
+        if sights is not None:
+            sights.keep(run, answer.tables)
     if not keeping.quiet:
         say(news)
     return answer

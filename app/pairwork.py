@@ -96,7 +96,12 @@ class PairWork:
                     table = _some(model, data, self.settings, ids, report)
             return Answer({table.detector: table}, {"notes": _notes(table)})
 
-        return kept(keeping, key, compute, task=asked.name, seed=asked.seed)
+        from app.sights import BOXES, Sights
+
+        looks = Sights(
+            model, lambda: [p.clean for p in listed], asked.clean_lines, asked.tower, BOXES
+        )  # fmt: skip
+        return kept(keeping, key, compute, looks, task=asked.name, seed=asked.seed)
 
 
 def _some(

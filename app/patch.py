@@ -2,7 +2,6 @@
 
 import shlex
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,11 +11,12 @@ from app import options as o
 from app.catalog import check
 from app.effects import write_effects
 from app.exits import UsageError
+from app.given import ALWAYS, Given, check_speaks
 from app.headset import parse
 from app.keep import Keeping
 from app.loading import Source
 from app.pairwork import PairWork
-from app.subject import ALWAYS, check_tower, subject
+from app.subject import check_tower, subject
 from app.tables import Format
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ def patch(
     model: o.Model = DEFAULT_MODEL,
     task: a.PairTask = None,
     prompts: a.Pairs = None,
+    prompt: a.Texts = None,
+    image: a.Images = None,
+    corrupted_image: a.Corrupted = None,
+    answer: a.Answer = None,
+    wrong: a.Wrong = None,
     site: Annotated[str, typer.Option(help=f"One of {', '.join(_SITES)}.")] = "z",
     direction: Annotated[
         str,
@@ -68,8 +73,9 @@ def patch(
     if direction not in _DIRECTIONS:
         raise UsageError(f"--direction must be noise or denoise; got {direction!r}")
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    given = Given(prompts, prompt or (), image or (), corrupted_image or (), answer, wrong)
     asked = subject(
-        _task(task, prompts), prompts, param=param, n=n, batch_size=batch_size, seed=seed,
+        _task(task, given), given, param=param, n=n, batch_size=batch_size, seed=seed,
         tower=tower, pairs=ALWAYS,
     )  # fmt: skip
     chosen = parse(heads) if heads else None
@@ -81,6 +87,7 @@ def patch(
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
+    check_speaks(loaded, "patch")
     ids = chosen.of(loaded, tower=tower, kv=site in ("k", "v")) if chosen else None
     if chosen is not None and not quiet:
         chosen.say_models(source.name)
@@ -88,12 +95,12 @@ def patch(
         save, out, [f"patch.{direction}"], source.name,
         shlex.join(["headscope", *(context.obj or ())]), quiet, "patch",
     )  # fmt: skip
-    answer = work.run(keeping, loaded, ids)
-    write_effects(answer, schema="headscope.patch", format=format, top=top, quiet=quiet)
+    found = work.run(keeping, loaded, ids)
+    write_effects(found, schema="headscope.patch", format=format, top=top, quiet=quiet)
 
 
-def _task(task: str | None, prompts: Path | None) -> str | None:
-    return DEFAULT_TASK if task is None and prompts is None else task
+def _task(task: str | None, given: Given) -> str | None:
+    return DEFAULT_TASK if task is None and not given.options else task
 
 
 def _dry(work: PairWork, method: "Method", *, format: Format, quiet: bool) -> None:
@@ -114,6 +121,11 @@ def attribute(
     model: o.Model = DEFAULT_MODEL,
     task: a.PairTask = None,
     prompts: a.Pairs = None,
+    prompt: a.Texts = None,
+    image: a.Images = None,
+    corrupted_image: a.Corrupted = None,
+    answer: a.Answer = None,
+    wrong: a.Wrong = None,
     metric: a.Metric = "logit-difference",
     top: o.Top = None,
     out: a.Out = None,
@@ -141,8 +153,9 @@ def attribute(
     """
     check("method", method)
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
+    given = Given(prompts, prompt or (), image or (), corrupted_image or (), answer, wrong)
     asked = subject(
-        _task(task, prompts), prompts, param=param, method=method, n=n, batch_size=batch_size,
+        _task(task, given), given, param=param, method=method, n=n, batch_size=batch_size,
         seed=seed, tower=tower, pairs=ALWAYS,
     )  # fmt: skip
     source.check()
@@ -153,9 +166,10 @@ def attribute(
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
+    check_speaks(loaded, method)
     keeping = Keeping(
         save, out, ["attribute", method], source.name,
         shlex.join(["headscope", *(context.obj or ())]), quiet, "attribute",
     )  # fmt: skip
-    answer = work.run(keeping, loaded)
-    write_effects(answer, schema="headscope.attribute", format=format, top=top, quiet=quiet)
+    found = work.run(keeping, loaded)
+    write_effects(found, schema="headscope.attribute", format=format, top=top, quiet=quiet)

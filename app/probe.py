@@ -10,6 +10,7 @@ from app import options as o
 from app.catalog import check
 from app.effects import write_effects
 from app.exits import UsageError, usage
+from app.given import made_prompts
 from app.keep import Answer, Keeping, digest, kept, key_of
 from app.labelled import read_labelled
 from app.loading import Source
@@ -69,20 +70,19 @@ def probe(
     source.check()
     data = read_labelled(prompts)
     fitter = probe_of(kind, param or ())
-    from interp.promptfile import to_prompts
 
     if dry_run:
         from app.counts import count_probe
         from app.outlook import forecast
 
         forecast(
-            source, lambda model: count_probe(to_prompts(data.lines, model), batch_size), "a probe",
-            format=format, quiet=quiet, passes="with padding; without the fits",
+            source, lambda model: count_probe(made_prompts(data.lines, model), batch_size),
+            "a probe", format=format, quiet=quiet, passes="with padding; without the fits",
         )  # fmt: skip
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
-    made = to_prompts(data.lines, loaded)
+    made = made_prompts(data.lines, loaded)
     key = key_of(
         loaded, "probe", probe=kind, settings=fitter.params, span=span, folds=folds, draws=draws,
         seed=seed, batch_size=batch_size, tower=tower, prompts=digest(made),

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from app import actoptions as a
 from app import options as o
 from app import params
 from app.catalog import check
 from app.exits import INTERRUPTED, UsageError, say
+from app.given import Given, made_prompts
 from app.loading import Source, waiting
-from app.subject import own_prompts
+from app.subject import check_tower
 from app.tables import Format, Table, write
-from interp.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from app.sights import Sights
     from heads.detector import Detector
     from heads.scoring import Plan
     from interp.model import Model
@@ -61,6 +63,8 @@ def rank(
             "--prompts", "-p", allow_dash=True, help="Own prompts: text or JSONL file, - is stdin."
         ),
     ] = None,
+    prompt: a.Texts = None,
+    image: a.Images = None,
     top: o.Top = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; in runs/ if absent.")
@@ -96,12 +100,13 @@ def rank(
     complete.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
-    _check(source, detectors, task, prompts)
+    given = Given(prompts, prompt or (), image or ())
+    _check(source, detectors, task, given)
     request = Request(
         source,
         detectors,
         task,
-        own_prompts(prompts),
+        given.lines(),
         params.read(param or (), detectors, task),
         n,
         batch_size,
@@ -121,9 +126,7 @@ def rank(
             say(f"{part.title}: {part.note}")
 
 
-def _check(
-    source: Source, detectors: Sequence[str], task: str | None, prompts: Path | None
-) -> None:
+def _check(source: Source, detectors: Sequence[str], task: str | None, given: Given) -> None:
     """Refuse names that do not exist before anything slow begins."""
     for name in detectors:
         check("detector", name)
@@ -131,8 +134,8 @@ def _check(
         raise UsageError(f"each detector may be asked for once; got {', '.join(detectors)}")
     if task is not None:
         check("task", task)
-        if prompts is not None:
-            raise UsageError("--prompts and --task exclude each other; got both")
+        if given.options:
+            raise UsageError(f"{given.options[0]} and --task exclude each other; got both")
     source.check()
 
 
@@ -140,11 +143,9 @@ def prepared(
     request: Request, model: "Model"
 ) -> "tuple[list[Detector], list[Prompt] | None, Task | None]":
     """Detectors, own prompts and task of a request, for a model."""
-    from interp.promptfile import to_prompts
-
     made = params.detectors_of(request.detectors, request.params)
     if request.lines is not None:
-        return made, to_prompts(request.lines, model), None
+        return made, made_prompts(request.lines, model), None
     return made, None, params.task_of(request.task, made, request.params)
 
 
@@ -157,8 +158,7 @@ def _answer(
     with waiting("making prompts", quiet=quiet):
         from heads.scoring import plan
 
-        if request.tower is not None and request.tower not in model.towers:
-            raise UnknownNameError(f"tower of {model.name}", request.tower, model.towers)
+        check_tower(model, request.tower)
         made, prompts, task = prepared(request, model)
         planned = plan(
             model, made, prompts, task=task, n=request.n, batch_size=request.batch_size,
@@ -176,9 +176,25 @@ def _answer(
                 say(f"going on with {run.folder}: {_counted(run, planned)} are finished")
             scores = _compute(model, planned, run, request, quiet=quiet)
             news = f"saved: {run.folder}"
+        _sights(model, planned, request).keep(run, {n: scores[n] for n in request.detectors})
     if not quiet:
         say(news)
     return head_table({name: scores[name] for name in request.detectors}, run=run, top=top)
+
+
+def _sights(model: "Model", planned: "Plan", request: Request) -> "Sights":
+    from app.sights import Sights
+
+    lines = request.lines
+
+    def prompts() -> "list[Prompt]":
+        every = {p.id: p for job in planned.jobs for p in job.prompts if p.inputs}
+        # In the order of the file; batches are in that of lengths.
+        return list(every.values()) if lines is None else [every[line.id] for line in lines]
+
+    detectors = {d.name: d for job in planned.jobs for d in job.detectors}.values()
+    wanted = [name for d in detectors for name in d.needs]
+    return Sights(model, prompts, lines, planned.tower, wanted)
 
 
 def _open(request: Request, planned: "Plan", out: Path | None) -> "Run":

@@ -1,12 +1,13 @@
 """`headscope show` and `headscope compare`: runs that are there, read without torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app import options as o
-from app.exits import UsageError
+from app.exits import UsageError, say
 from app.tables import Format, Part, Table, write
 from interp.errors import RunError, UnknownNameError
 
@@ -24,21 +25,59 @@ def show(
     detector: Detector = None,
     top: o.Top = None,
     format: o.Formatted = Format.auto,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Draw where heads look on an image into this file, such as out.png."),
+    ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option("--head", help="With --overlay, this head; the best if absent; repeatable."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --overlay, id of the prompt; the first if absent.")
+    ] = None,
     debug: o.Debug = False,
 ) -> None:
     """Show a saved run, as the command wrote it that made it.
 
-    With --detector one of its tables of scores.
+    With --detector one of its tables of scores. With --overlay the image of a prompt under the
+    attention of its best heads, written to a file; the table then has a row for each head drawn.
     """
     from app.headtable import head_table
     from app.views import show_run
 
+    if overlay is None and (head or prompt):
+        raise UsageError(f"{'--head' if head else '--prompt'} goes with --overlay; got none")
+    if overlay is not None:
+        from app.drawing import check_suffix
+
+        check_suffix(overlay)
     scores, opened = _tables(run)
+    if overlay is not None:
+        _draw(opened, run, overlay, detector, prompt, head or (), top, format)
+        return
     if detector is not None:
         scores = {detector: _chosen(scores, detector)}
     elif opened is not None and show_run(opened, format=format, top=top):
         return
     write(head_table(scores, run=opened, top=top), format)
+
+
+def _draw(
+    run: "Run | None", place: Path, path: Path, detector: str | None, prompt: str | None,
+    heads: Sequence[str], top: int | None, format: Format,
+) -> None:  # fmt: skip
+    from app.drawing import draw, save
+    from app.overlay import COLUMNS, sight_of
+
+    if run is None:
+        raise UsageError(f"--overlay needs a run; {place} is a file of scores")
+    sight = sight_of(run, prompt=prompt, heads=heads, detector=detector, top=top)
+    save(draw(sight), path)
+    part = Part(f"overlay of {sight.id}", [sight.row(head) for head in sight.rows])
+    about = {"run": str(run.folder), "overlay": str(path)}
+    write(Table("headscope.overlay", COLUMNS, [part], about, frozenset({"prompt"})), format)
+    say(f"drawn: {path}")
 
 
 def compare(

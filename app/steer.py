@@ -13,20 +13,18 @@ from app import actoptions as a
 from app import options as o
 from app import steering as s
 from app.exits import UsageError
+from app.given import Given, check_speaks, made_prompts
 from app.keep import Answer, Keeping, digest, kept, key_of
 from app.loading import Source
 from app.steered import write_steered, write_sweep
 from app.steps import steps
-from app.subject import Subject, own_prompts, subject
+from app.subject import Subject, subject
 from app.tables import Format
 
 if TYPE_CHECKING:
     from interp.model import Model
     from interp.prompts import Prompt
 
-Texts = Annotated[
-    list[str] | None, typer.Option("--prompt", help="A prompt as text; may be given often.")
-]
 Neutral = Annotated[
     Path | None,
     typer.Option("--neutral", help="Prompt file of neutral text; task text if absent."),
@@ -45,8 +43,9 @@ def run(
     at: s.At = "all",
     keys: s.Keys = "all",
     model: o.Model = o.DEFAULT_MODEL,
-    prompt: Texts = None,
+    prompt: a.Texts = None,
     prompts: a.Prompts = None,
+    image: a.Images = None,
     task: a.Task = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to produce.")] = 20,
     neutral: Neutral = None,
@@ -76,21 +75,22 @@ def run(
     beside the same recipe on random heads of the same layers.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
-    asked = _asked(prompt, prompts, task, param, n, batch_size, seed)
+    given = Given(prompts, prompt or (), image or ())
+    asked = _asked(given, task, param, n, batch_size, seed)
     plan = s.wanted(
         recipe, op=op, heads=heads, strength=strength, site=site, at=at, keys=keys
     )  # fmt: skip
-    lines = own_prompts(neutral)
+    lines = Given(neutral).lines()
     source.check()
 
     def texts(model: "Model") -> "tuple[list[Prompt], list[Prompt]]":
-        mine = _texts(model, prompt) if prompt else asked.prompts(model)[0]
-        return mine, neutral_text(model, lines, windows, seed)
+        return asked.prompts(model)[0], neutral_text(model, lines, windows, seed)
 
     if dry_run:
         _dry(source, plan, texts, "steer run", batch_size, tokens, controls, 1, format, quiet)
         return
     loaded = source.load(quiet=quiet)
+    check_speaks(loaded, "steer")
     made = s.for_any(plan.recipe(loaded), force=force)
     data, text = texts(loaded)
     size = s.check_examples(made, len(data)) or batch_size
@@ -134,7 +134,10 @@ def run(
         save, out, ["steer", plan.name], source.name,
         shlex.join(["headscope", *(context.obj or ())]), quiet, "steer",
     )  # fmt: skip
-    answer = kept(keeping, key, compute, task=asked.name, seed=seed)
+    from app.sights import BOXES, Sights, heads_of
+
+    looks = Sights(loaded, lambda: data, asked.lines, None, BOXES, heads_of(made, loaded))
+    answer = kept(keeping, key, compute, looks, task=asked.name, seed=seed)
     if answer.folder is not None and not (answer.folder / s.RECIPE).exists():
         made.save(answer.folder / s.RECIPE)
     write_steered(
@@ -161,34 +164,23 @@ def _dry(
 
 
 def _asked(
-    prompt: Sequence[str] | None, prompts: Path | None, task: str | None,
-    param: Sequence[str] | None, n: int, batch_size: int, seed: int,
+    given: Given, task: str | None, param: Sequence[str] | None, n: int, batch_size: int, seed: int
 ) -> Subject:  # fmt: skip
-    given = [x for x in (prompt, prompts, task) if x]
-    if len(given) != 1:
+    ways = [x for x in (*given.options, "--task" if task else "") if x]
+    if len([x for x in ways if x != "--image"] or ways) != 1:
         raise UsageError(
-            f"one of --prompt, --prompts and --task must be given; got {len(given)}",
+            f"one of --prompt, --prompts and --task must be given; got {len(ways)}",
             hint="such as --task needle, which needs no text",
         )
-    return subject(task, prompts, param=param, n=n, batch_size=batch_size, seed=seed)
-
-
-def _texts(model: "Model", texts: Sequence[str]) -> "list[Prompt]":
-    from interp.promptfile import Line, to_prompts
-
-    return to_prompts(
-        [Line(f"--prompt {i}", text, None, id=f"prompt-{i}") for i, text in enumerate(texts, 1)],
-        model,
-    )
+    return subject(task, given, param=param, n=n, batch_size=batch_size, seed=seed)
 
 
 def neutral_text(model: "Model", lines: Any, windows: int, seed: int) -> "list[Prompt]":
     """Neutral text for a model: own lines, or windows of the task `text`."""
     from app.sideeffects import halved, neutral
-    from interp.promptfile import to_prompts
 
     if lines is not None:
-        return halved(to_prompts(lines, model))
+        return halved(made_prompts(lines, model))
     return neutral(model, n=windows, seed=seed)
 
 
@@ -208,7 +200,9 @@ def sweep(
     at: s.At = "all",
     keys: s.Keys = "all",
     model: o.Model = o.DEFAULT_MODEL,
+    prompt: a.Texts = None,
     prompts: a.Prompts = None,
+    image: a.Images = None,
     task: a.Task = None,
     neutral: Neutral = None,
     windows: Windows = 8,
@@ -233,11 +227,12 @@ def sweep(
 ) -> None:
     """Measure a recipe at several strengths: effect on answers, side effects, random controls."""
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
-    asked = _asked(None, prompts, task, param, n, batch_size, seed)
+    given = Given(prompts, prompt or (), image or ())
+    asked = _asked(given, task, param, n, batch_size, seed)
     values = None if strengths is None else _numbers(strengths)
     plan = s.wanted(recipe, op=op, heads=heads, strength=None, site=site, at=at, keys=keys)
     values = plan.fitting(_STRENGTHS) if values is None else values
-    lines = own_prompts(neutral)
+    lines = Given(neutral).lines()
     source.check()
 
     def texts(model: "Model") -> "tuple[list[Prompt], list[Prompt]]":
@@ -248,6 +243,7 @@ def sweep(
         _dry(source, plan, texts, "steer sweep", batch_size, 0, controls, many, format, quiet)
         return
     loaded = source.load(quiet=quiet)
+    check_speaks(loaded, "steer")
     made = [s.for_any(plan.recipe(loaded, x), force=force) for x in values]
     data, text = texts(loaded)
     size = max(s.check_examples(x, len(data)) for x in made) or batch_size

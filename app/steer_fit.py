@@ -10,12 +10,13 @@ from app import actoptions as a
 from app import options as o
 from app.catalog import check, entries
 from app.exits import UsageError, say, usage
+from app.given import ALWAYS, NEVER, Given, made_prompts
 from app.headset import HeadSet, parse
 from app.labelled import read_labelled, word
 from app.loading import Source, waiting
 from app.probe import Draws, Folds, Kind, Span, check_draws
 from app.steering import examples_of
-from app.subject import ALWAYS, NEVER, Subject, check_pairs, check_tower, subject
+from app.subject import Subject, check_pairs, check_tower, subject
 from app.tables import Format, Part, Table, write
 from interp.errors import InputError, UnknownNameError
 
@@ -151,10 +152,9 @@ def _fitted(
     target = data.towards(towards)
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
-    from interp.promptfile import to_prompts
     from probes import fit_iti, fit_mean_difference
 
-    made = to_prompts(data.lines, loaded)
+    made = made_prompts(data.lines, loaded)
     more: dict[str, Any] = {**common, "towards": target, "groups": data.groups, "tower": tower}
     with waiting(f"fitting {method}", quiet=quiet):
         if method == "iti":
@@ -179,7 +179,7 @@ def _asked(
     taken = MAKERS[method].params
     pairs = ALWAYS if "corrupted" in taken else NEVER
     asked = subject(
-        task, prompts, param=param, method=method, kind="recipe maker", n=n,
+        task, Given(prompts), param=param, method=method, kind="recipe maker", n=n,
         batch_size=batch_size, seed=seed, pairs=pairs,
     )  # fmt: skip
     if not MAKERS[method].looks:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app import params
 from app.catalog import check
 from app.exits import UsageError
+from app.given import NEVER, Given, made_pairs, made_prompts
 from app.keep import digest
-from interp.errors import PromptFileError, UnknownNameError
+from interp.errors import ModelError, PromptFileError, UnknownNameError
 
 if TYPE_CHECKING:
     from interp.metrics import Metric
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from interp.promptfile import Line
     from interp.prompts import Prompt, PromptPair
     from interp.tasks import Task
-
-
-NEVER, MAYBE, ALWAYS = "never", "maybe", "always"
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,11 @@ class Subject:
         """Whether there is a corrupted prompt to each."""
         return self.own is not None or (self.task is not None and is_pairs(self.task))
 
+    @property
+    def clean_lines(self) -> "Sequence[Line] | None":
+        """Own prompts, the clean ones of own pairs; None for a task."""
+        return self.lines if self.own is None else [pair.clean for pair in self.own]
+
     def make(self) -> "Task | None":
         """The task; None for own prompts.
 
@@ -75,12 +77,10 @@ class Subject:
         Raises:
             InputError: prompts that do not fit the model.
         """
-        from interp.promptfile import to_prompts
-
         task = self.make()
         if task is not None:
             return task.prompts(model, self.n, seed=self.seed + seed), task.target
-        return to_prompts(self.lines or (), model), "all"
+        return made_prompts(self.lines or (), model), "all"
 
     def pairs(self, model: "Model") -> "list[PromptPair]":
         """Own pairs, or those of a task of pairs; see `check_pairs`.
@@ -88,11 +88,10 @@ class Subject:
         Raises:
             InputError: pairs that do not fit the model.
         """
-        from interp.pairfile import to_pairs
         from interp.tasks.pairs import PairTask
 
         if self.own is not None:
-            return to_pairs(self.own, model)
+            return made_pairs(self.own, model)
         task = self.make()
         assert isinstance(task, PairTask)
         return task.pairs(model, self.n, seed=self.seed)
@@ -108,7 +107,7 @@ class Subject:
 
 def subject(
     task: str | None,
-    prompts: Path | None,
+    given: Given,
     *,
     param: Sequence[str] | None = None,
     method: str | None = None,
@@ -124,7 +123,7 @@ def subject(
 
     Args:
         task: name of a task.
-        prompts: file of prompts.
+        given: own prompts.
         param: parameters as given.
         method: method they may belong to.
         kind: what that is, see `app.catalog`.
@@ -133,17 +132,17 @@ def subject(
         batch_size: prompts at a time.
         seed: seed of the task.
         tower: tower to act on.
-        pairs: whether the file holds pairs: `NEVER`, `MAYBE` (as its first line says), `ALWAYS`.
+        pairs: whether own prompts are pairs: `NEVER`, `MAYBE` (as its first line says), `ALWAYS`.
 
     Raises:
-        UsageError: both or neither of task and prompts, or a parameter of another form.
+        UsageError: a task and prompts, or a parameter of another form.
         UnknownNameError: no such task or parameter.
         PromptFileError: the prompts cannot be read.
     """
     if task is not None:
         check("task", task)
-        if prompts is not None:
-            raise UsageError("--prompts and --task exclude each other; got both")
+        if given.options:
+            raise UsageError(f"{given.options[0]} and --task exclude each other; got both")
     mine: dict[str, dict[str, str]] = {}
     rest = []
     for text in param or ():
@@ -161,38 +160,8 @@ def subject(
     if rest and task is None and detector is None:
         raise UsageError(f"--param {rest[0]} belongs to no task or method of this command")
     read = params.read(rest, () if detector is None else (detector,), task) if rest else {}
-    lines = own = None
-    if prompts is not None:
-        lines, own = _read(prompts, pairs)
+    lines, own = given.read(pairs)
     return Subject(task, lines, {**read, **mine}, n, batch_size, seed, tower, own)
-
-
-def _read(
-    place: Path, pairs: str
-) -> "tuple[Sequence[Line], None] | tuple[None, Sequence[PairLine]]":
-    """The prompts of a file, or its pairs."""
-    from interp import pairfile, promptfile
-    from interp.jsonlines import bytes_of
-
-    data, name = bytes_of(place)
-    found = pairfile.holds_pairs(data)
-    if pairs == ALWAYS or (pairs == MAYBE and found):
-        return None, pairfile.parse(data, name)
-    if found:
-        raise PromptFileError(
-            f"{name}: prompts are needed; these are pairs, clean and corrupted",
-            hint='pairs are for ablate, patch and attribute; a prompt is {"text": ...}',
-        )
-    return promptfile.parse(data, name), None
-
-
-def own_prompts(place: Path | None) -> "Sequence[Line] | None":
-    """The prompts of a file, if there is one.
-
-    Raises:
-        PromptFileError: they cannot be read, or are pairs.
-    """
-    return None if place is None else _read(place, NEVER)[0]
 
 
 def check_pairs(asked: Subject) -> None:
@@ -219,8 +188,12 @@ def check_answers(lines: "Sequence[PairLine]", metric: "Metric") -> None:
         PromptFileError: a pair has none.
     """
     for line in lines:
-        lacking = "answer" if line.answer is None else "wrong" if line.wrong is None else ""
-        if lacking == "answer" or (lacking and metric.needs_wrong):
+        needed = {
+            "answer": metric.needs_answer and line.answer is None,
+            "wrong": metric.needs_wrong and line.wrong is None,
+        }
+        lacking = next((name for name, absent in needed.items() if absent), "")
+        if lacking:
             other = "" if lacking == "answer" else ", or choose --metric log-prob"
             raise PromptFileError(
                 f'{line.place}: metric {metric.name!r} needs "{lacking}" in every pair; this '
@@ -234,8 +207,17 @@ def check_tower(model: "Model", tower: str | None) -> None:
 
     Raises:
         UnknownNameError: the model has no such tower.
+        ModelError: there is attention in it that is not reached, perhaps that of this tower.
     """
     if tower is not None and tower not in model.towers:
+        missed = model.structure.unreached
+        if missed:
+            kinds = ", ".join(sorted(set(missed.values())))
+            raise ModelError(
+                f"{model.name} has no tower {tower!r} whose attention is reached; it has "
+                f"{', '.join(model.towers)}, and {len(missed)} modules that are not read: {kinds}",
+                hint="headscope doctor names these modules",
+            )
         raise UnknownNameError(f"tower of {model.name}", tower, model.towers)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from app import options as o
 from app import params
 from app.catalog import check
 from app.exits import UsageError, say
+from app.given import Given, check_answered, check_speaks
 from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
@@ -23,6 +25,7 @@ from app.tables import Format, Part, Table, write
 if TYPE_CHECKING:
     from heads.verdicts import Verdict
     from interp.model import Model
+    from interp.prompts import Prompt
     from interp.scores import HeadScores
 
 _COLUMNS = (
@@ -41,6 +44,9 @@ def verdict(
     model: o.Model = o.DEFAULT_MODEL,
     task: a.Task = None,
     prompts: a.Prompts = None,
+    prompt: a.Texts = None,
+    image: a.Images = None,
+    answer: a.Answer = None,
     most: Annotated[int, typer.Option(min=1, help="Claimed heads to ablate, best first.")] = 8,
     controls: Annotated[int, typer.Option(min=1, help="Draws of random matched heads.")] = 5,
     op: Annotated[str, typer.Option(help="Ablation: zero, or uniform attention.")] = "zero",
@@ -79,8 +85,9 @@ def verdict(
     check("detector", detector)
     if op not in _OPS:
         raise UsageError(f"--op of a verdict must be zero or uniform; got {op!r}")
+    given = Given(prompts, prompt or (), image or (), (), answer)
     asked = subject(
-        task, prompts, param=param, detector=detector, n=n, batch_size=batch_size, seed=seed,
+        task, given, param=param, detector=detector, n=n, batch_size=batch_size, seed=seed,
         tower=tower,
     )  # fmt: skip
     chosen = parse(heads) if heads else None
@@ -91,7 +98,7 @@ def verdict(
         "scores": None if made_earlier is None else _content(made_earlier),
     }  # fmt: skip
     [judge] = params.detectors_of([detector], asked.params)
-    made = None if prompts is not None else params.task_of(task, [judge], asked.params)
+    made = None if asked.lines is not None else params.task_of(task, [judge], asked.params)
     if dry_run:
         from app.counts import count_verdict
         from app.outlook import forecast
@@ -107,7 +114,9 @@ def verdict(
     ids = None if chosen is None else chosen.of(loaded, tower=tower)
     if chosen is not None and not quiet:
         chosen.say_models(source.name)
-    own = asked.prompts(loaded)[0] if prompts is not None else None
+    check_speaks(loaded, "a verdict")
+    own = asked.prompts(loaded)[0] if asked.lines is not None else None
+    check_answered(own or (), "a verdict")
     key = key_of(
         loaded, "verdict", detector=detector, detector_params=judge.params, settings=settings,
         heads=None if ids is None else [str(h) for h in ids],
@@ -129,8 +138,20 @@ def verdict(
             )  # fmt: skip
         return _answer(found, loaded, op)
 
-    answer = kept(keeping, key, compute, first=detector, seed=seed, task=key["task"])
-    write_verdict(answer, source.name, format=format, top=None, quiet=quiet)
+    def seen() -> "Sequence[Prompt]":
+        from app.sights import PROMPTS
+        from interp.tasks import make_task
+
+        task = made or make_task(judge.task, judge.task_params)
+        return task.prompts(loaded, PROMPTS, seed=seed) if own is None else own
+
+    from app.sights import Sights
+
+    looks = Sights(loaded, seen, asked.lines, tower, judge.needs)
+    found = kept(
+        keeping, key, compute, looks, first=detector, seed=seed, task=key["task"]
+    )  # fmt: skip
+    write_verdict(found, source.name, format=format, top=None, quiet=quiet)
 
 
 def _task_name(asked: Subject, own: str) -> str:

@@ -34,6 +34,7 @@ _OPTIONS: Sequence[tuple[str, str]] = (
     (r"\b(k|n|most|draws|folds|controls|tokens)=(\d+)", r"--\1 \2"),
     (r"layers=\((\d+), (\d+)\)", r"--heads L\1-\2, or --param METHOD:layers=\1,\2"),
     (r"sinks=\[\(0,\), …\], dims=… or a smaller tau=…", "--param METHOD:dims=… or a smaller tau"),
+    (r", or raise max_pixels", ""),
     (r"\bbatch_size\b", "--batch-size"),
     (r"\btop\(n\)", "--top"),
     (r"(?<![:\w-])([a-z]+)='?(\w+)'?(?![\w(\[])", r"--param METHOD:\1=\2"),

@@ -3,6 +3,7 @@
     run.json                    what was run, on what, with which versions and seeds; the status
     scores/<detector>.safetensors   one table of head scores per detector, once complete
     parts/<number>.safetensors  one file per finished batch
+    extra/<name>.safetensors    what is shown beside the tables, such as maps on images
     .lock                       the process that writes
 
 Every file is written whole or not at all (`interp.files`), so a process killed at any moment loses
@@ -43,6 +44,7 @@ SCHEMA, VERSION = "headscope.run", 1
 RUNNING, COMPLETE, INTERRUPTED = "running", "complete", "interrupted"
 _OWN = ("schema", "version", "created", "finished", "status", "key", "content_key", "scores")
 _PART = re.compile(r"(\d{5,})\.safetensors")
+_NAME = re.compile(r"[a-z][a-z-]*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class Run:
             if known is not None and known["status"] == COMPLETE:
                 lock.release(held)
                 return cls(folder, known, locked=None)
-            for place in (folder, folder / "parts", folder / "scores"):
+            for place in (folder, folder / "parts", folder / "scores", folder / "extra"):
                 remove_temporaries(place)
             info = dict(about) | (known or {"created": _now()})
             info |= {"schema": SCHEMA, "version": VERSION, "status": RUNNING}
@@ -186,6 +188,37 @@ class Run:
         if i not in self._finished:
             raise RunError(f"batch {i} of {self.folder} is not finished")
         arrays, header = read_table(self._part_path(i))
+        return Part(arrays, header.get("meta", {}))
+
+    def put_extra(
+        self, name: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep something beside the tables, whole or not at all; an older one is replaced.
+
+        No number of the run depends on it, so a complete run takes it too, whoever opened it.
+
+        Raises:
+            InputError: the name is no plain word, or arrays or meta have no form on disk.
+            RunError: the run is neither complete nor open for writing, or the disk is full.
+        """
+        if self.info["status"] != COMPLETE:
+            self._must_write()
+        path = self._extra_path(name)
+        with disk_errors(path.parent, "create"):
+            path.parent.mkdir(exist_ok=True)
+        write_table(path, arrays, {"extra": name, "meta": meta or {}})
+
+    def extra(self, name: str) -> Part | None:
+        """What was kept beside the tables under a name; None if nothing was.
+
+        Raises:
+            InputError: the name is no plain word.
+            RunError: its file is damaged.
+        """
+        path = self._extra_path(name)
+        if not path.exists():
+            return None
+        arrays, header = read_table(path)
         return Part(arrays, header.get("meta", {}))
 
     def finish(self, scores: Sequence[HeadScores]) -> None:
@@ -280,6 +313,11 @@ class Run:
 
     def _part_path(self, i: int) -> Path:
         return self.folder / "parts" / f"{i:05d}.safetensors"
+
+    def _extra_path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise InputError(f"an extra of a run is named by lower-case letters; got {name!r}")
+        return self.folder / "extra" / f"{name}.safetensors"
 
     def _write(self, **changes: Any) -> None:
         info = {**self.info, **changes}

@@ -22,7 +22,7 @@ class Bound:
     """Answers of a batch as tensors.
 
     Attributes:
-        answer: [batch] first token of each answer.
+        answer: [batch] first token of each answer; 0 where a prompt has none and none is needed.
         wrong: [batch] token each answer is compared with, or None where a prompt names none.
         reference: [batch, d_vocab] logits of the unedited run, for metrics that compare.
     """
@@ -39,6 +39,7 @@ class Metric(ABC):
         summary: one line.
         unit: of the number.
         linear: whether it is linear in the logits.
+        needs_answer: whether each prompt must have an answer.
         needs_wrong: whether each prompt must name a wrong answer (`meta["wrong"]`).
         compares: whether it compares with the logits of the unedited run.
     """
@@ -47,6 +48,7 @@ class Metric(ABC):
     summary: ClassVar[str]
     unit: ClassVar[str]
     linear: ClassVar[bool] = False
+    needs_answer: ClassVar[bool] = True
     needs_wrong: ClassVar[bool] = False
     compares: ClassVar[bool] = False
 
@@ -66,12 +68,13 @@ def bind(metric: Metric, prompts: Sequence[Prompt], device: "torch.device | str"
     """
     answers, wrongs = [], []
     for prompt in prompts:
-        if not prompt.answer:
+        if metric.needs_answer and not prompt.answer:
             raise InputError(
                 f"metric {metric.name!r} needs an answer; prompt {prompt.id or '?'} has none",
                 hint="give prompts an answer, or choose a task with answers",
             )
-        answers.append(prompt.answer[0])
+        # What no metric looks at may be any token.
+        answers.append(prompt.answer[0] if prompt.answer else 0)
         wrong = prompt.meta.get("wrong")
         wrong = wrong[0] if isinstance(wrong, tuple | list) and wrong else wrong
         if metric.needs_wrong and wrong is None:

@@ -83,7 +83,7 @@ class Rank(Metric):
 class Divergence(Metric):
     """KL(unedited ‖ edited) of the next token, in nats, summed over the vocabulary."""
 
-    name, unit, compares = "kl", "nats", True
+    name, unit, compares, needs_answer = "kl", "nats", True, False
     summary = "KL divergence of the edited prediction from the unedited one"
 
     def of(self, logits: Tensor, bound: Bound) -> Tensor:

@@ -44,7 +44,12 @@ class Place:
 def chosen_rows(
     part: Part, positions: Positions, place: Place, gates: Gates, rows: int, like: Tensor
 ) -> Tensor | None:
-    """[batch, n] where an edit acts, its gate included; None for everywhere."""
+    """[batch, n] where an edit acts, its gate included; None for everywhere.
+
+    Raises:
+        InputError: the edit is given for other examples than those that are run.
+    """
+    check_rows(part, place, rows)
     chosen = place.select(positions, part.owner)
     gate = part.edit.gate
     if gate is not None:
@@ -52,6 +57,45 @@ def chosen_rows(
         open_ = gates.mask(gate, part.edit.tower, place.steps, now=now, rows=rows, like=like)
         chosen = open_ if chosen is None else chosen & open_
     return chosen
+
+
+def check_rows(part: Part, place: Place, rows: int) -> None:
+    """Refuse rows that are no examples of an edit, each once or as beams beside one another.
+
+    Beams are told from other prompts by the prompts that the recipe is bound to, else by their
+    tokens: those of one prompt begin alike. A tower over patches is fed no tokens; its rows may be
+    beams or tiles, and any multiple is taken.
+
+    Raises:
+        InputError: more rows than examples, and they are of other prompts.
+    """
+    edit, frame = part.edit, place.frame
+    given = {t.shape[1] for t in edit.tensors.values() if t.dim() == 4}
+    if isinstance(edit.strength, Tensor) and edit.strength.dim() == 2:
+        given.add(edit.strength.shape[1])
+    for n in given - {1, rows}:
+        if rows % n:
+            continue  # refused where it is used, which says what for
+        bound = frame.bound[part.owner] if part.owner < len(frame.bound) else ()
+        known = len(bound) == n if len(bound) > 1 else _alike(frame, n, rows // n)
+        if not known:
+            raise InputError(
+                f"an edit given for {n} examples must run on these; got {rows} rows of other "
+                f"prompts",
+                hint="run as many prompts as it was made for; beams of each may follow one another",
+            )
+
+
+def _alike(frame: Frame, n: int, times: int) -> bool:
+    """Whether rows are n prompts, each so many times in a row, as far as tokens are known."""
+    ids = frame.ids
+    if ids is None or len(ids) != n * times:
+        return True
+    key = ("alike", n)
+    if key not in frame.known:
+        prompt = ids[:, : frame.width].reshape(n, times, -1)
+        frame.known[key] = (prompt == prompt[:, :1]).all()
+    return bool(frame.known[key])
 
 
 def strength_of(edit: Edit, entries: tuple[int, ...], rows: int) -> Tensor | float:
