@@ -177,9 +177,12 @@ class Replay:
         extra = dict(self._last_only)
         if "use_cache" in inspect.signature(self.model.hf.forward).parameters:
             extra["use_cache"] = "past_key_values" in inputs
+        if not self.model.reads_tokens:
+            inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
         out = self.model.hf(**inputs, **extra)
         logits = out.logits if hasattr(out, "logits") else out[0]
-        last: Tensor = logits[:, -1]
+        # A classifier has one row of logits an example.
+        last: Tensor = logits[:, -1] if logits.dim() == 3 else logits
         return last if last.dtype == torch.float64 else last.float()
 
     @torch.no_grad()

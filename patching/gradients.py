@@ -169,7 +169,7 @@ def _last_logits(hf: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     wanted: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
     out = hf(**inputs, **{n: x for n, x in wanted.items() if n in known})
     logits = out.logits if hasattr(out, "logits") else out[0]
-    last: Tensor = logits[:, -1]
+    last: Tensor = logits[:, -1] if logits.dim() == 3 else logits
     return last if last.dtype == torch.float64 else last.float()
 
 

@@ -1,6 +1,7 @@
 """The exact engine against planted truth, whole runs of one prompt, and other libraries."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -526,3 +527,35 @@ def test_means_are_over_all_pairs_of_a_kind_however_they_are_cut(site: str) -> N
         both = head_effects(model, [*short, *long], site=site, reference="mean", batch_size=size)
         for name, row in zip(both.examples, both.per_example, strict=True):
             np.testing.assert_allclose(row, want[name], atol=2e-5, err_msg=f"{size} {name}")
+
+
+def test_heads_of_a_plain_vision_transformer_are_patched() -> None:
+    from interp.tasks import make_task
+
+    model = interp.load("zoo:shapes-vit", device="cpu")
+    pairs = make_task("shapes", {"corruption": "mask"}).pairs(model, 2)
+    found = head_effects(model, pairs, metric="log-prob", tower="vision")
+
+    def run(prompt: Prompt, put: tuple[int, int, dict[int, Tensor]] | None = None) -> Any:
+        seen: dict[int, Tensor] = {}
+
+        def observer(layer: Any, z: Tensor) -> Tensor:
+            seen[layer.index] = z.clone()
+            z = z.clone()
+            if put is not None and layer.index == put[0]:
+                z[:, :, put[1]] = put[2][put[0]][:, :, put[1]]
+            return z
+
+        with model.observe_output(observer), torch.no_grad():
+            pixels = prompt.inputs["pixel_values"]
+            return model.hf(pixel_values=pixels).logits[0].log_softmax(-1), seen
+
+    for i, pair in enumerate(pairs):
+        assert pair.clean.answer is not None
+        answer = pair.clean.answer[0]
+        base, (_, other) = run(pair.clean)[0], run(pair.corrupted)
+        for j, head in enumerate(found.heads):
+            patched = run(pair.clean, (head.layer, head.head, other))[0]
+            want = float(patched[answer] - base[answer])
+            assert found.per_example[i, j] == pytest.approx(want, abs=2e-5, rel=1e-4)
+    assert np.abs(found.per_example).max() > 0.01

@@ -229,6 +229,9 @@ def _prompt(model: "Model", scene: Scene, pixels: np.ndarray, asked: Question, n
     made: Prompt = image_prompt(
         model, text, [pixels], boxes=boxes, answer=asked.answer if text else None, id=name
     )
+    classes = getattr(model.config, "label2id", None) or {}
+    if not model.reads_tokens and asked.answer in classes:
+        made = replace(made, answer=(int(classes[asked.answer]),))
     words: dict[str, str] = {}
     for i, t in enumerate(scene.things):
         words |= {t.shape: f"thing-{i}", t.colour: f"thing-{i}"}
