@@ -18,14 +18,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 warnings.filterwarnings("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from patching_common import ROOT, make, pairs, put  # noqa: E402
+from gpt2_pairs import make, pairs  # noqa: E402
+from page import put  # noqa: E402
 
 from interp import load  # noqa: E402
 from interp.model import Model  # noqa: E402
@@ -159,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [
-        f"torch {torch.__version__}, {args.threads} threads, GPT-2-small's shape with "
+        f"torch {torch.__version__}, {args.threads} thread(s), GPT-2-small's shape with "
         f"{args.layers} layers, float32; peers timed on {args.sample} cells; median of "
         f"{args.repeats}.",
         "",
@@ -182,7 +180,7 @@ def main() -> None:
         print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
     if args.write:
-        put(ROOT / "docs" / "benchmarks.md", "patching", lines, "python benchmarks/patching.py")
+        put("patching", lines)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from page import put  # noqa: E402
+
 from probes.features import HeadFeatures  # noqa: E402
 from probes.logistic import fit_logistic  # noqa: E402
 from probes.ridge import fit_ridge, ridge_from_statistics  # noqa: E402
@@ -256,21 +258,7 @@ def main() -> None:
         peak, spent, _, cosine = memory(n, 32, 64, 4096)
         say(f"| {n:,} | {peak:.0f} MB | {spent:.1f} s | {cosine:.4f} |")
     if args.write:
-        write(lines)
-
-
-def write(lines: list[str]) -> None:
-    """Put the tables into docs/benchmarks.md between their marks."""
-    page = ROOT / "docs" / "benchmarks.md"
-    text = page.read_text() if page.exists() else "# Benchmarks\n"
-    begin, end = "<!-- probes: begin -->", "<!-- probes: end -->"
-    block = f"{begin}\n{lines[0]}.\n" + "\n".join(lines[1:]) + f"\n{end}"
-    if begin in text:
-        head, rest = text.split(begin, 1)
-        text = head + block + rest.split(end, 1)[1]
-    else:
-        text += f"\n## Probes\n\n`python benchmarks/probes.py --write`\n\n{block}\n"
-    page.write_text(text)
+        put("probes", lines)
 
 
 if __name__ == "__main__":

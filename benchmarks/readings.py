@@ -35,6 +35,8 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from page import put  # noqa: E402
+
 from interp import load  # noqa: E402
 from interp.decode import StepReader, generate  # noqa: E402
 from interp.engine import read  # noqa: E402
@@ -421,23 +423,7 @@ def main() -> None:
             f"image): {worst:.1e}."
         )
     if args.write:
-        write(lines, args.section)
-
-
-def write(lines: list[str], section: str) -> None:
-    """Put the tables into docs/benchmarks.md between their marks."""
-    page = ROOT / "docs" / "benchmarks.md"
-    text = page.read_text() if page.exists() else "# Benchmarks\n"
-    name = f"readings {section}".strip()
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    command = f"python {' '.join(sys.argv)}"
-    block = f"{begin}\n{lines[0]}.\n" + "\n".join(lines[1:]) + f"\n{end}"
-    if begin in text:
-        head, rest = text.split(begin, 1)
-        text = head + block + rest.split(end, 1)[1]
-    else:
-        text += f"\n## {name.capitalize()}\n\n`{command}`\n\n{block}\n"
-    page.write_text(text)
+        put(f"readings {args.section}".strip(), lines)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,15 @@ saturated softmax, which is what gradients miss on trained models.
 
 import argparse
 import statistics
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 
 warnings.filterwarnings("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from patching_common import ROOT, make, pairs, put  # noqa: E402
+from gpt2_pairs import make, pairs  # noqa: E402
+from page import put  # noqa: E402
 
 from interp import load  # noqa: E402
 from patching.direct import direct_effects, logit_attribution  # noqa: E402
@@ -122,7 +119,7 @@ def main() -> None:
         *screening(4, 32, args.seeds, 12),
     ]  # fmt: skip
     if args.write:
-        put(ROOT / "docs" / "benchmarks.md", "screening", lines, "python benchmarks/screening.py")
+        put("screening", lines)
 
 
 if __name__ == "__main__":

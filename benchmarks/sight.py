@@ -129,8 +129,7 @@ def found(model: Model, n: int) -> list[str]:
     pointing = make_detector("region-grounding", {"measure": "pointing"})
     points = score(model, pointing, task=task, n=n, batch_size=20)["region-grounding"]
     lines = [
-        "| head | image mass | share of the image's patches it points into the right box, % "
-        "| VHD (position alone) |",
+        "| head | image mass | points into the right box, % | VHD (position alone) |",
         "|---|---|---|---|",
     ]
     for head in looks.top(8):
@@ -139,7 +138,6 @@ def found(model: Model, n: int) -> list[str]:
             f"| {head} | {looks.values[i]:.3f} | {100 * points.values[i]:.0f} "
             f"| {vhd.values[i]:.2f} ({vhd.null_per_example[:, i].mean():.2f}) |"
         )
-    lines[0] = "| head | image mass | points into the right box, % | VHD (position alone) |"
     chance = 100 * float(np.nanmean(points.null_per_example))
     lines += ["", f"Chance of pointing into the box: {chance:.1f} %.", ""]
     for detector in ("visual-attention", "vision-head-divergence"):

@@ -1,7 +1,6 @@
-"""What the benchmarks of patching share: the model, the pairs, and the page."""
+"""What the benchmarks of patching share: GPT-2-small with random weights, and random pairs."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,16 +32,3 @@ def pairs(batch: int, length: int, seed: int = 1) -> list[PromptPair]:
         same = length // 4
         out.append(PromptPair(clean, Prompt((*a[:same], *b[same:]))))
     return out
-
-
-def put(page: Path, name: str, lines: Sequence[str], command: str) -> None:
-    """Put lines into a page between marks of their own."""
-    text = page.read_text() if page.exists() else "# Benchmarks\n"
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    block = "\n".join([begin, *lines, end])
-    if begin in text:
-        head, rest = text.split(begin, 1)
-        text = head + block + rest.split(end, 1)[1]
-    else:
-        text += f"\n## {name.capitalize()}\n\n`{command} --write`\n\n{block}\n"
-    page.write_text(text)
