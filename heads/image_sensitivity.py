@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from heads.detector import DETECTORS, Outcome, WatchingDetector
-from heads.sight import last_row, last_z, reads_prompt, unseen
+from heads.sight import last_row, last_z, reads_prompt
 from heads.vision_head_divergence import divergence
 from interp.errors import InputError
 from interp.prompts import Prompt
+from interp.recipe.hide import unseen
 
 if TYPE_CHECKING:
     from interp.model import Model

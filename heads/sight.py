@@ -1,7 +1,6 @@
 """What detectors of visual heads share: where the image is, and the prompt without it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from interp.errors import InputError
 from interp.prompts import Batch, Prompt
-from interp.recipe import Edit, Positions, Recipe, Where
 
 if TYPE_CHECKING:
     from interp.model import Model
     from interp.seam.structure import Tower
 
-LAST, HIDDEN = "last token", "hidden tokens"
+LAST = "last token"
 
 
 def with_last(prompt: Prompt) -> Prompt:
@@ -69,27 +67,6 @@ def left_out(prompt: Prompt, span: str) -> Prompt:
             f"prompt {prompt.id or '?'} ends with it"
         )
     return Prompt(kept, id=prompt.id)
-
-
-@contextmanager
-def unseen(
-    model: "Model", tower: "Tower", prompts: Sequence[Prompt], places: Sequence[Sequence[int]]
-) -> Iterator[None]:
-    """Hide some places of each prompt from all other rows of a tower while the context is open.
-
-    Their scores are cut out of every row, in all layers. A mask of the model's inputs would do the
-    same where the model only hides by it; some count positions and images by it too.
-    """
-    spans = [tuple((i, i + 1) for i in sorted(mine)) for mine in places]
-    marked = [
-        replace(p, spans={**p.spans, HIDDEN: mine}) for p, mine in zip(prompts, spans, strict=True)
-    ]
-    hidden = Positions(spans=(HIDDEN,))
-    # The hidden rows themselves are read by nobody, and the first could not lose its only key.
-    others = Positions(prompt="all", generated="all", exclude=hidden)
-    cut = Edit("knockout", Where(tower=tower.name, queries=others, keys=hidden))
-    with Recipe((cut,)).on(model, spans=marked):
-        yield
 
 
 def reads_prompt(tower: "Tower", prompts: Sequence[Prompt], detector: str) -> None:

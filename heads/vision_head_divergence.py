@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from heads.detector import DETECTORS, Outcome, WatchingDetector
-from heads.sight import last_z, left_out, unseen
+from heads.sight import last_z, left_out
 from interp.errors import InputError
 from interp.prompts import Prompt
+from interp.recipe.hide import unseen
 from interp.scores import HeadScores
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ Chefer et al. 2021 (ICCV), arXiv 2103.15679; rollout: Abnar & Zuidema 2020, arXi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,12 +29,13 @@ from torch import Tensor
 from interp.errors import InputError, SiteError
 from interp.headid import HeadId
 from interp.prompts import Batch, Prompt
+from interp.recipe.hide import unseen
 from patching.gradients import frozen
 
 if TYPE_CHECKING:
     from interp.model import Model
     from interp.seam.calls import AttnCall
-    from interp.seam.structure import Layer
+    from interp.seam.structure import Layer, Tower
 
 METHODS = ("gradient", "rollout", "attention")
 
@@ -103,7 +105,8 @@ def relevance_maps(
         batch_size: prompts at a time.
 
     Raises:
-        InputError: an unknown method, no target, or prompts with several images in a tower.
+        InputError: an unknown method, no target, prompts with several images in a tower, or a
+            tower that looks across or decides nothing by itself.
         SiteError: a layer whose pattern is not reached.
     """
     if method not in METHODS:
@@ -111,6 +114,7 @@ def relevance_maps(
     if not prompts:
         raise InputError("at least one prompt is needed; got none")
     stack = model.tower(tower) if tower else next(iter(model.towers.values()))
+    _check_tower(model, stack, prompts)
     listed = list(prompts)
     seen_prompts: list[Prompt] = []
     rows: list[np.ndarray] = []
@@ -153,6 +157,18 @@ def relevance_maps(
         stack.heads,
         np.stack([masses[i] for i in ordered]),
     )
+
+
+def _check_tower(model: "Model", tower: "Tower", prompts: Sequence[Prompt]) -> None:
+    """Refuse towers for which the rule of self-attention says nothing of the answer."""
+    if any(layer.cross for layer in tower.layers):
+        raise InputError(f"relevance needs self-attention; tower {tower.name!r} looks across")
+    if model.reads_tokens and any(tower.name in p.views for p in prompts):
+        raise InputError(
+            f"tower {tower.name!r} decides nothing by itself: a decoder reads what it makes of all "
+            "its patches",
+            hint="explain through the tower that reads the text; its image tokens are patches",
+        )
 
 
 def _deciding(prompt: Prompt) -> int:
@@ -297,8 +313,8 @@ def perturbation(
 ) -> Perturbation:
     """Hide tokens in order of relevance and see what becomes of the target.
 
-    Tokens are masked like padding and keep their places, so that any prompt can be tested; of a
-    plain vision transformer, which has no mask, the pixels of patches are set to the mean (0).
+    Tokens are hidden from all others and keep their places, so that any prompt can be tested; of a
+    plain vision transformer, in which every patch is read, its pixels are set to the mean (0).
 
     Args:
         model: the model.
@@ -339,10 +355,12 @@ def _probability(
     model: "Model", prompt: Prompt, seen: Prompt, gone: np.ndarray, target: int
 ) -> float:
     batch = model.batch([prompt])
+    inputs: dict[str, Any] = batch.inputs()
+    hidden: AbstractContextManager[None] = nullcontext()
     if model.reads_tokens:
-        mask = batch.attention_mask.clone()
-        mask[0, gone.tolist()] = 0
-        inputs = replace(batch, attention_mask=mask).inputs()
+        if len(gone):
+            tower = next(iter(model.towers.values()))
+            hidden = unseen(model, tower, [prompt], [gone.tolist()])
     else:
         pixels = batch.extra["pixel_values"].clone()
         assert seen.patches is not None
@@ -353,7 +371,8 @@ def _probability(
                 y, x = p.row * high, p.column * wide
                 pixels[..., y : y + high, x : x + wide] = 0
         inputs = {"pixel_values": pixels}
-    out: Any = model.forward(inputs)
+    with hidden:
+        out: Any = model.forward(inputs)
     logits = out.logits if hasattr(out, "logits") else out[0]
     last = logits[0, -1] if logits.dim() == 3 else logits[0]
     return float(last.double().softmax(-1)[target])

@@ -15,7 +15,7 @@ from heads.localisation import elbow, scattered, spatial_score
 from heads.makers.var import sink_dims
 from heads.massive import heaviest, heaviness, inputs_of, outstanding
 from heads.scoring import score
-from heads.sight import last_row, last_z, unseen
+from heads.sight import last_row, last_z
 from heads.visual_retrieval import regions_of
 from interp import load
 from interp.errors import InputError
@@ -24,6 +24,7 @@ from interp.images import image_prompt
 from interp.images.patches import PatchMap, grid_patches
 from interp.model import Model
 from interp.prompts import Prompt
+from interp.recipe.hide import unseen
 from interp.scores import NO_EVIDENCE
 from interp.zoo.planted_parts import word_tokenizer
 from interp.zoo.planted_vlm import (

@@ -126,3 +126,28 @@ def test_bad_input() -> None:
         found.heat(0)
     with pytest.raises(InputError, match="shares must rise"):
         perturbation(model, found, prompts, span="all", shares=(0.5, 1.0))
+
+
+def test_towers_that_decide_nothing_by_themselves_are_refused() -> None:
+    prompts = make_task("shapes").prompts(shapes("shapes-vlm"), 1)
+    with pytest.raises(InputError, match="decides nothing by itself"):
+        relevance_maps(shapes("shapes-vlm"), prompts, tower="vision")
+    with pytest.raises(InputError, match="looks across"):
+        relevance_maps(handle("t5"), [Prompt((3, 4, 5), id="a")], tower="cross")
+
+
+def test_hiding_is_masking_where_positions_do_not_follow_the_mask() -> None:
+    model = shapes("shapes-vlm")
+    prompts = make_task("shapes").prompts(model, 2)
+    found = relevance_maps(model, prompts)
+    curves = perturbation(model, found, prompts, shares=(0.0, 0.5, 1.0))
+    for i, prompt in enumerate(prompts):
+        places = np.array(prompt.positions("image"))
+        order = places[np.argsort(-found.tokens[i][places], kind="stable")]
+        for j, count in enumerate((0, 32, 64)):
+            batch = model.batch([prompt])
+            mask = batch.attention_mask.clone()
+            mask[0, order[:count].tolist()] = 0
+            inputs = {**batch.inputs(), "attention_mask": mask}
+            want = model.forward(inputs).logits[0, -1].softmax(-1)[found.target[i]]
+            assert curves.deletion[i, j] == pytest.approx(float(want), abs=1e-5)
