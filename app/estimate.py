@@ -35,14 +35,15 @@ def _count(request: "Request", model: "Model") -> tuple[Work, list[Row]]:
 
 def work_of(jobs: "Sequence[Job]") -> Work:
     """Count what batches ask of a model."""
-    from heads.detector import DecodingDetector, ReadingDetector
+    from heads.detector import DecodingDetector, ReadingDetector, WatchingDetector
 
     passed = squares = steps = widest = longest = 0
     for job in jobs:
         readers = [d for d in job.detectors if isinstance(d, ReadingDetector)]
         decoders = [d for d in job.detectors if isinstance(d, DecodingDetector)]
         controls = sum(type(d).control is not ReadingDetector.control for d in readers)
-        passes = bool(readers) + controls + len(decoders)
+        watched = sum(d.passes for d in job.detectors if isinstance(d, WatchingDetector))
+        passes = bool(readers) + controls + watched
         width = max(map(len, job.prompts))
         passed += passes * width * len(job.prompts)
         squares += passes * width**2 * len(job.prompts)

@@ -204,9 +204,9 @@ def _expanded(item: Layers, model: "Model", tower: str | None, kv: bool) -> list
 
 
 def _table(place: Path, detector: str) -> "tuple[HeadScores, Run | None]":
-    from app.saved import _tables
+    from app.runtables import tables_of
 
-    tables, run = _tables(place)
+    tables, run = tables_of(place)
     if detector:
         if detector not in tables:
             raise UnknownNameError("table of scores in this run", detector, tables)

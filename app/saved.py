@@ -8,8 +8,8 @@ import typer
 
 from app import options as o
 from app.exits import UsageError, say
+from app.runtables import table_named, tables_of
 from app.tables import Format, Part, Table, write
-from interp.errors import RunError, UnknownNameError
 
 if TYPE_CHECKING:
     from interp.run import Run
@@ -52,12 +52,12 @@ def show(
         from app.drawing import check_suffix
 
         check_suffix(overlay)
-    scores, opened = _tables(run)
+    scores, opened = tables_of(run)
     if overlay is not None:
         _draw(opened, run, overlay, detector, prompt, head or (), top, format)
         return
     if detector is not None:
-        scores = {detector: _chosen(scores, detector)}
+        scores = {detector: table_named(scores, detector)}
     elif opened is not None and show_run(opened, format=format, top=top):
         return
     write(head_table(scores, run=opened, top=top), format)
@@ -97,10 +97,10 @@ def compare(
     detector are compared; two files of scores, or two runs of one detector each, are compared
     whatever their detectors are.
     """
-    mine, theirs = _tables(base)[0], _tables(other)[0]
+    mine, theirs = tables_of(base)[0], tables_of(other)[0]
     pairs = [(mine[name], theirs[name]) for name in mine if name in theirs]
     if detector is not None:
-        pairs = [(_chosen(mine, detector), _chosen(theirs, detector))]
+        pairs = [(table_named(mine, detector), table_named(theirs, detector))]
     elif not pairs and len(mine) == len(theirs) == 1:
         pairs = list(zip(mine.values(), theirs.values(), strict=True))
     if not pairs:
@@ -148,49 +148,3 @@ def _differences(found: Any, base: "HeadScores", other: "HeadScores") -> Part:
         for i, head in enumerate(found.heads)
     ]
     return Part(f"{found.base} / {found.other}", rows)
-
-
-def _tables(place: Path) -> "tuple[dict[str, HeadScores], Run | None]":
-    """The tables of a run, or of one file of scores.
-
-    Raises:
-        RunError: there is none, it is damaged, or it is not complete.
-    """
-    from app.folders import find
-    from interp.run import Run
-    from interp.scores import HeadScores
-
-    path = find(place)
-    if path.is_file():
-        if _is_recipe(path):
-            raise UsageError(
-                f"a run, or a file of scores, is needed; {path} is a recipe",
-                hint=f"headscope steer show {path}",
-            )
-        table = HeadScores.load(path)
-        return {table.detector: table}, None
-    run = Run.load(path)
-    if run.status != "complete":
-        total = run.info.get("batches", "?")
-        raise RunError(
-            f"a run must be complete to be shown; {path} is {run.status}, with "
-            f"{len(run.finished)} of {total} batches",
-            hint=f"go on with: {run.info.get('command', 'the command that began it')}",
-        )
-    return run.scores, run
-
-
-def _is_recipe(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return "headscope.recipe" in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def _chosen(scores: "dict[str, HeadScores]", detector: str) -> "HeadScores":
-    if detector not in scores:
-        raise UnknownNameError("table of scores in this run", detector, scores)
-    return scores[detector]

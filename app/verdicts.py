@@ -159,9 +159,9 @@ def _task_name(asked: Subject, own: str) -> str:
 
 
 def _scores(place: Path, detector: str) -> "HeadScores":
-    from app.saved import _chosen, _tables
+    from app.runtables import table_named, tables_of
 
-    return _chosen(_tables(place)[0], detector)
+    return table_named(tables_of(place)[0], detector)
 
 
 def _content(table: "HeadScores") -> str:

@@ -114,6 +114,11 @@ class ReadingDetector(Detector):
 class WatchingDetector(Detector):
     """A detector that runs the model itself."""
 
+    @property
+    def passes(self) -> int:
+        """Forward passes over each prompt, for estimates of what a run takes."""
+        return 1
+
     @abstractmethod
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """Scores of a batch of prompts."""

@@ -68,6 +68,11 @@ class ImageSensitivity(WatchingDetector):
                 f"got {self.share} and {self.draws}"
             )
 
+    @property
+    def passes(self) -> int:
+        """Outputs, rows, the most attended quarter hidden, and each random one."""
+        return 3 + self.draws
+
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """See `WatchingDetector`."""
         stack = model.tower(tower) if tower else next(iter(model.towers.values()))

@@ -69,6 +69,11 @@ class VisionHeadDivergence(WatchingDetector):
                 f"got {self.measure!r}"
             )
 
+    @property
+    def passes(self) -> int:
+        """With the image, without it, and with it hidden."""
+        return 3
+
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """See `WatchingDetector`."""
         stack = model.tower(tower) if tower else next(iter(model.towers.values()))

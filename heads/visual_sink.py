@@ -91,6 +91,11 @@ class VisualSink(WatchingDetector):
         """See `Detector`."""
         return self.rho
 
+    @property
+    def passes(self) -> int:
+        """To find the sink dimensions, unless they are given, and to read."""
+        return 2 if self._given() is None else 1
+
     def watch(self, model: "Model", prompts: list[Prompt], *, tower: str | None) -> Outcome:
         """See `WatchingDetector`."""
         stack = model.tower(tower) if tower else next(iter(model.towers.values()))

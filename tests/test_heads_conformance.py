@@ -332,6 +332,30 @@ def test_decoding_without_a_cache_gives_the_same(detector, monkeypatch):
     assert by_example(got, atol=2e-6) == by_example(want, atol=2e-6)
 
 
+WATCHERS = [
+    name
+    for name in NAMES
+    if issubclass(DETECTORS[name], WatchingDetector)
+    and not issubclass(DETECTORS[name], DecodingDetector)
+]
+
+
+@pytest.mark.parametrize("detector", WATCHERS)
+def test_passes_are_as_many_as_said(detector, monkeypatch):
+    name = cheap(detector)
+    prompts = uneven(name, detector)
+    score(zoo(name), detector, prompts, batch_size=len(prompts))
+    original, calls = Model.forward, []
+
+    def counted(self, inputs):
+        calls.append(len(next(iter(inputs.values()))))
+        return original(self, inputs)
+
+    monkeypatch.setattr(Model, "forward", counted)
+    score(zoo(name), detector, prompts, batch_size=len(prompts))
+    assert sum(calls) == len(prompts) * make_detector(detector).passes
+
+
 @pytest.mark.parametrize("detector", NAMES)
 def test_one_seed_gives_one_table_and_another_seed_another_sample(detector):
     name = cheap(detector)
