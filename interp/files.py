@@ -190,6 +190,32 @@ def read_table(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ) from error
 
 
+def read_part(path: Path, name: str, *at: int | slice) -> np.ndarray:
+    """One array of a table, or a part of it; no other part of the file is read.
+
+    Args:
+        path: a file written by `write_table`.
+        name: the array.
+        at: an index or a slice for each of its first axes.
+
+    Raises:
+        RunError: the file is missing or damaged, or has no such array.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with disk_errors(path, "read"), safe_open(path, framework="numpy") as table:
+            if name not in table.keys():  # noqa: SIM118 - it is no mapping
+                raise RunError(f"{path} has no array {name!r}")
+            part: np.ndarray = table.get_slice(name)[at if at else slice(None)]
+            return part
+    except (SafetensorError, ValueError, IndexError) as error:
+        raise RunError(
+            f"{path} must be a whole table of arrays; it is damaged: {error}",
+            hint="delete this file and run the same command again to compute it anew",
+        ) from error
+
+
 def check_table(path: Path) -> None:
     """Check that a table is whole by its header and length, without reading its arrays.
 
