@@ -1,0 +1,17 @@
+/* Cells of tables that are links. React makes the text of them: nothing is read as markup. */
+(function () {
+  "use strict";
+  const dag = (window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {});
+  dag.HeadscopeLink = function (props) {
+    if (props.value === null || props.value === undefined) return null;
+    const to = props.to.replace("{}", encodeURIComponent(props.value));
+    return window.React.createElement("a", {href: to}, String(props.value));
+  };
+  dag.HeadscopeHead = function (props) {
+    if (!props.value) return null;
+    const hs = window.headscope;
+    const parts = hs.head_parts(props.value);
+    const target = {...hs.state, page: "head", layer: parts.layer, head: parts.head, tower: parts.tower};
+    return window.React.createElement("a", {href: hs.url(target)}, String(props.value));
+  };
+})();

@@ -1,0 +1,1 @@
+"""Figures of the page and of notebooks: functions from results to plotly figures."""
