@@ -103,6 +103,7 @@
       return;
     }
     if (event.ctrlKey || event.metaKey || event.altKey || writing(target)) return;
+    if (document.querySelector("dialog[open]")) return;
     const action = keys.get(`${hs.state.page}:${event.key}`) || keys.get(`*:${event.key}`);
     if (action) { if (action(event) !== false) event.preventDefault(); }
   });
