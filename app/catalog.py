@@ -46,6 +46,10 @@ class Entry:
         params: parameter to the text of its default.
         task: the task a detector is run on unless told otherwise.
         citation: where it is from.
+        doc: the docstring of its file: formula, null, what published code does.
+        unit: what its score counts.
+        range: smallest and largest score, as written in its file.
+        no_evidence: what it means that a head does not show it.
     """
 
     kind: str
@@ -54,6 +58,10 @@ class Entry:
     params: Mapping[str, str]
     task: str = ""
     citation: str = ""
+    doc: str = ""
+    unit: str = ""
+    range: str = ""
+    no_evidence: str = ""
 
 
 @cache
@@ -77,6 +85,8 @@ def entries(kind: str) -> Mapping[str, Entry]:
             found[name] = Entry(
                 kind, name, said.get("summary") or summary, _params(node, lines, constants),
                 said.get("task", ""), said.get("citation", ""),
+                (ast.get_docstring(tree) or "").strip(), said.get("unit", ""),
+                _plain(lines, "range"), said.get("no_evidence", ""),
             )  # fmt: skip
     return dict(sorted(found.items()))
 
@@ -137,6 +147,14 @@ def _said(lines: Sequence[ast.stmt], constants: Mapping[str, ast.expr]) -> dict[
         if isinstance(target, ast.Name):
             said |= _text(target.id, value, constants)
     return said
+
+
+def _plain(lines: Sequence[ast.stmt], name: str) -> str:
+    """The value that a class gives to a name, as it is written."""
+    return next(
+        (ast.unparse(v) for x, v in _assigned(lines) if isinstance(x, ast.Name) and x.id == name),
+        "",
+    )
 
 
 def _assigned(lines: Sequence[ast.stmt]) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -63,7 +63,7 @@ def link_column(field: str, name: str, to: str, *, width: int = 200) -> dict[str
     }  # fmt: skip
 
 
-def number_column(field: str, name: str, *, width: int = 100, digits: int = 4) -> dict[str, Any]:
+def number_column(field: str, name: str, *, width: int = 115, digits: int = 4) -> dict[str, Any]:
     """A column of numbers."""
     return {
         "field": field, "headerName": name, "width": width, "type": "numericColumn",

@@ -56,9 +56,9 @@ def head_grid(
     )  # fmt: skip
     rows, columns = grid.shape
     styled(figure, theme, height=int(min(760, max(220, 110 + 26 * rows))))
-    figure.update_xaxes(title="head", dtick=_every(columns), range=[-0.5, columns - 0.5],
+    figure.update_xaxes(title="head", dtick=tick_step(columns), range=[-0.5, columns - 0.5],
                         showgrid=False, zeroline=False)  # fmt: skip
-    figure.update_yaxes(title="layer", dtick=_every(rows), range=[rows - 0.5, -0.5],
+    figure.update_yaxes(title="layer", dtick=tick_step(rows), range=[rows - 0.5, -0.5],
                         showgrid=False, zeroline=False)  # fmt: skip
     return figure
 
@@ -104,5 +104,6 @@ def head_scatter(
     return figure
 
 
-def _every(n: int) -> int:
+def tick_step(n: int) -> int:
+    """Every how many heads or layers an axis has a tick."""
     return 1 if n <= 16 else 4 if n <= 64 else 8

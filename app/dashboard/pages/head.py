@@ -269,6 +269,27 @@ def faithful(form: str, error: float | None, note: str) -> str:
     return f"Not reconstructible: {note}. Shown from stored rows, {whole}."
 
 
+def python(site: Site, feed: Feed) -> str:
+    """The Python that shows the same head in a notebook."""
+    head = head_of(feed)
+    if head is None or "run" not in feed:
+        return ""
+    prompt = f", prompt={feed['prompt']!r}" if "prompt" in feed else ""
+    folder = str(site.root / feed["run"])
+    return (
+        f"from app import show_head\nfrom interp.run import Run\n\n"
+        f"show_head(Run.load({folder!r}), {str(head)!r}{prompt})"
+    )
+
+
+def command(site: Site, feed: Feed) -> str:
+    """The command that writes the same head to a file."""
+    head = head_of(feed)
+    if head is None or "run" not in feed:
+        return ""
+    return f"headscope export {site.root / feed['run']} --head {head} --out {head}.html"
+
+
 enter(
     Page(
         "head", "Head", "/r/{run}/head/{layer}/{head}", layout, wire,
@@ -279,7 +300,7 @@ enter(
             "head-budget": ("run", "prompt", "tower", "layer", "head", "theme"),
         },
         binds={"head-mode": ("value", "mode"), "head-scale": ("value", "scale")},
-        keys=("mode", "scale", "hide", "lines"), order=2,
+        keys=("mode", "scale", "hide", "lines"), order=2, python=python, command=command,
         help="one head: its map recomputed at any zoom, tokens, budgets, evidence, effects",
     )
 )  # fmt: skip
