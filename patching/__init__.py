@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from patching.engine import head_position_effects as head_position_effects
     from patching.importance import head_importance as head_importance
     from patching.knockout import head_knockout as head_knockout
-    from patching.knockout import window_knockout as window_knockout
     from patching.method import METHODS as METHODS
     from patching.method import make_method as make_method
     from patching.pairs import Pairs as Pairs
@@ -29,10 +28,12 @@ if TYPE_CHECKING:
     from patching.prune import greedy_prune as greedy_prune
     from patching.prune import joint_effects as joint_effects
     from patching.prune import leave_one_out as leave_one_out
-    from patching.relevance import perturbation as perturbation
     from patching.relevance import relevance_maps as relevance_maps
+    from patching.relevance_hiding import perturbation as perturbation
     from patching.repair import self_repair as self_repair
     from patching.verify import verify_top as verify_top
+    from patching.windows import knockout_curves as knockout_curves
+    from patching.windows import window_knockout as window_knockout
 
 _HOMES = {
     "EdgeScores": "patching.edges",
@@ -51,18 +52,19 @@ _HOMES = {
     "head_position_effects": "patching.engine",
     "head_importance": "patching.importance",
     "joint_effects": "patching.prune",
+    "knockout_curves": "patching.windows",
     "leave_one_out": "patching.prune",
     "logit_attribution": "patching.direct",
     "make_method": "patching.method",
     "ov_circuit": "patching.composition",
     "path_effects": "patching.path",
-    "perturbation": "patching.relevance",
+    "perturbation": "patching.relevance_hiding",
     "relevance_maps": "patching.relevance",
     "qk_circuit": "patching.composition",
     "self_repair": "patching.repair",
     "top_heads": "patching.circuit",
     "verify_top": "patching.verify",
-    "window_knockout": "patching.knockout",
+    "window_knockout": "patching.windows",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = lazy(__name__, _HOMES)

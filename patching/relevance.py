@@ -4,10 +4,18 @@
     R    ← R + Ā R                                  R = I at first; layer by layer
 
 This is the rule of self-attention, which serves decoders that read images as tokens and vision
-transformers; cross-attention has other rules, which are not here.
+transformers. Models that look across have two sides with maps from each to each, by the rules of
+`patching.relevance_rules`: encoder-decoders of texts, images and sounds, decoders with layers of
+cross-attention to an image, and co-attention, where text and image look at each other in one block.
 The relevance of a token is its entry in the row of the deciding position (the last token of a
-prompt, the class token of a vision transformer). `rollout` multiplies (mean A + I) of all layers,
-rows normalised; `attention` is the mean row of the last layer. Both know nothing of the target.
+prompt, the class token of a vision transformer); that of an encoder token or a patch looked at is
+its entry in the same row of the map across. `rollout` multiplies (mean A + I) of all layers, rows
+normalised; `attention` is the mean row of the last layer. Both know nothing of the target.
+
+What is looked at counts as its maker's input where the maker is a reached self-attention tower of
+as many positions, else as it is; `Relevance.through` says which. Mllama's vision towers have padded
+positions and stay out. Models in which sides meet over more than one chain of layers are refused:
+BridgeTower, which mixes the text tower into each of its cross-modal layers.
 
 relu drops what speaks against the target, so a map is no causal statement: `perturbation` hides
 tokens by relevance, and `head_effects` patches heads. Whole patterns of all layers and their
@@ -16,28 +24,25 @@ gradients are kept, 2 · layers · heads · T² numbers an example: for prompts 
 Chefer et al. 2021 (ICCV), arXiv 2103.15679; rollout: Abnar & Zuidema 2020, arXiv 2005.00928.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.errors import InputError, SiteError
+from interp.errors import InputError
 from interp.headid import HeadId
 from interp.prompts import Batch, Prompt
-from interp.recipe.hide import unseen
-from patching.gradients import frozen
+from patching.relevance_rules import RULES, SOURCE, TOKENS, Step, spread
+from patching.relevance_run import Traced, run
+from patching.relevance_sides import Call, Scope, scope_of, takes_decoder
 
 if TYPE_CHECKING:
     from interp.model import Model
-    from interp.seam.calls import AttnCall
-    from interp.seam.structure import Layer, Tower
 
-METHODS = ("gradient", "rollout", "attention")
+METHODS = tuple(RULES)
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,18 @@ class Relevance:
 
     Attributes:
         method: one of `METHODS`.
-        prompts: the prompts, as the tower sees them.
+        prompts: the prompts as the deciding tower sees them: of an encoder-decoder, what its
+            decoder read.
         tokens: for each prompt its tokens' relevance ≥ 0 at the deciding position.
         target: for each prompt the token or class whose logit was explained.
-        heads: heads of the tower.
+        heads: heads whose queries are the tokens, those that look across included.
         by_head: [example, head] Σ relu(∇A ⊙ A) in the row of the deciding position; NaN but for
-            `gradient`.
+            `gradient`, and for heads that did not run.
+        source: for each prompt the relevance ≥ 0 at the deciding position of what was looked at
+            across: encoder tokens, patches, frames. Empty where nothing was.
+        sources: for each prompt what was looked at: the encoder's prompt or the prompt's view of
+            that length, else as many nameless positions; None where nothing was.
+        through: towers that the maps went through.
     """
 
     method: str
@@ -60,6 +71,9 @@ class Relevance:
     target: tuple[int, ...]
     heads: tuple[HeadId, ...]
     by_head: Float[np.ndarray, "example head"]
+    source: tuple[Float[np.ndarray, " key"], ...]
+    sources: tuple[Prompt | None, ...]
+    through: tuple[str, ...]
 
     def patches(self, i: int) -> Float[np.ndarray, " patch"]:
         """Relevance of the patches of a prompt's image.
@@ -67,21 +81,27 @@ class Relevance:
         Raises:
             InputError: it has no patch map.
         """
-        seen = self.prompts[i].patches
-        if seen is None:
-            raise InputError(
-                f"a map needs to know which pixels tokens stand for; prompt "
-                f"{self.prompts[i].id or i} does not say",
-                hint="make prompts with interp.images.image_prompt",
-            )
-        return self.tokens[i][[p.position for p in seen]]
+        seen, values = self._mapped(i)
+        assert seen.patches is not None
+        return values[[p.position for p in seen.patches]]
 
     def heat(self, i: int, *, image: int = 0) -> Float[np.ndarray, "height width"]:
         """Relevance drawn on an image of a prompt; NaN where no patch lies."""
-        seen = self.prompts[i].patches
-        values = self.patches(i)
-        assert seen is not None
-        return seen.heat(values, image=image)
+        seen, _ = self._mapped(i)
+        assert seen.patches is not None
+        return seen.patches.heat(self.patches(i), image=image)
+
+    def _mapped(self, i: int) -> tuple[Prompt, Float[np.ndarray, " pos"]]:
+        """The side of a prompt whose tokens stand for pixels."""
+        for seen, values in ((self.prompts[i], self.tokens[i]), (self.sources[i], self.source[i])):
+            # The text of a prompt with an image looked at has a map without any patch.
+            if seen is not None and seen.patches is not None and seen.patches.patches:
+                return seen, values
+        raise InputError(
+            f"a map needs to know which pixels tokens stand for; prompt "
+            f"{self.prompts[i].id or i} does not say",
+            hint="make prompts with interp.images.image_prompt",
+        )
 
 
 def relevance_maps(
@@ -91,103 +111,130 @@ def relevance_maps(
     method: str = "gradient",
     target: str | Sequence[int] = "top",
     tower: str | None = None,
+    decoder: Sequence[Prompt] | None = None,
     batch_size: int = 4,
 ) -> Relevance:
     """Relevance of all tokens for the next token, or for the class.
 
     Args:
         model: the model.
-        prompts: the prompts.
+        prompts: the prompts; of an encoder-decoder, what its encoder reads.
         method: `gradient`, `rollout` or `attention`.
-        target: `top` (what the model says), `answer` (first token of each prompt's answer), or a
-            token or class for each prompt.
-        tower: tower to explain through; the model's first if None.
+        target: `top` (what the model says), `answer` (first token of each prompt's answer; the
+            decoder's prompt goes first), or a token or class for each prompt.
+        tower: tower to explain through, or the one by which it looks across; the model's first
+            that decides if None.
+        decoder: of an encoder-decoder, what its decoder has read of each answer, start token
+            included; the prompt's input `decoder_input_ids`, or the start token alone, if None.
         batch_size: prompts at a time.
 
     Raises:
         InputError: an unknown method, no target, prompts with several images in a tower, or a
-            tower that looks across or decides nothing by itself.
+            tower that decides nothing by itself.
         SiteError: a layer whose pattern is not reached.
     """
-    if method not in METHODS:
+    if method not in RULES:
         raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not prompts:
         raise InputError("at least one prompt is needed; got none")
-    stack = model.tower(tower) if tower else next(iter(model.towers.values()))
-    _check_tower(model, stack, prompts)
     listed = list(prompts)
-    seen_prompts: list[Prompt] = []
-    rows: list[np.ndarray] = []
-    targets: list[int] = []
-    masses: list[np.ndarray] = []
-    # Of one length at a time: no padding, and rows are whole.
-    order = sorted(range(len(listed)), key=lambda i: len(listed[i]))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and len(groups[-1]) < batch_size and len(listed[groups[-1][0]]) == len(listed[i]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    place: dict[int, int] = {}
-    for group in groups:
+    scope = scope_of(model, tower)
+    if model.reads_tokens and any(scope.own.name in p.views for p in listed):
+        raise InputError(
+            f"tower {scope.own.name!r} decides nothing by itself: a decoder reads what it makes of "
+            "all its patches",
+            hint="explain through the tower that reads the text; its image tokens are patches",
+        )
+    inner = _decoders(model, listed, decoder)
+    rows: dict[int, _Row] = {}
+    for group in _groups(listed, inner, batch_size):
         some = [listed[i] for i in group]
         batch = model.batch(some)
-        wanted = _targets(target, listed, group)
-        patterns, grads, chosen = _run(model, stack.layers, batch, wanted, method == "gradient")
-        shown = batch.view(stack.name)
-        views = batch if shown is None else shown[0]
-        if len(views) != len(batch):
-            raise InputError(f"tower {stack.name!r} must see one image a prompt")
-        for b, prompt in enumerate(views.prompts):
-            at = _deciding(prompt)
-            maps = {n: a[b] for n, a in patterns.items()}
-            slopes = {n: g[b] for n, g in grads.items()}
-            row, mass = _propagated(stack.layers, maps, slopes, at, method)
-            place[group[b]] = len(rows)
-            seen_prompts.append(prompt)
-            rows.append(row.double().cpu().numpy()[: len(prompt)])
-            targets.append(int(chosen[b]))
-            masses.append(mass.double().cpu().numpy())
-    ordered = [place[i] for i in range(len(listed))]
+        if inner is not None:
+            batch = replace(batch, decoder=model.batch([inner[i] for i in group]))
+        wanted = _targets(target, listed, inner, group)
+        traced = run(model, scope, batch, _read(batch, scope), wanted, method == "gradient")
+        rows |= dict(zip(group, _rows(scope, batch, traced, method), strict=True))
+    ordered = [rows[i] for i in range(len(listed))]
+    ran = {name for row in ordered for name in row.masses}
+    towers = (scope.own, *scope.cross, *scope.others)
+    layers = [layer for t in towers for layer in t.layers if layer.name in ran]
+    silent = {x.name: np.full(x.n_heads, np.nan) for x in layers}
+    masses = [{**silent, **row.masses} for row in ordered]
     return Relevance(
-        method,
-        tuple(seen_prompts[i] for i in ordered),
-        tuple(rows[i] for i in ordered),
-        tuple(targets[i] for i in ordered),
-        stack.heads,
-        np.stack([masses[i] for i in ordered]),
+        method=method,
+        prompts=tuple(row.prompt for row in ordered),
+        tokens=tuple(row.tokens for row in ordered),
+        target=tuple(row.target for row in ordered),
+        heads=tuple(HeadId(x.index, h, x.tower) for x in layers for h in range(x.n_heads)),
+        by_head=np.stack([np.concatenate([mass[x.name] for x in layers]) for mass in masses]),
+        source=tuple(row.source for row in ordered),
+        sources=tuple(row.looked for row in ordered),
+        through=tuple(t.name for t in towers if any(t.name in row.through for row in ordered)),
     )
 
 
-def _check_tower(model: "Model", tower: "Tower", prompts: Sequence[Prompt]) -> None:
-    """Refuse towers for which the rule of self-attention says nothing of the answer."""
-    if any(layer.cross for layer in tower.layers):
-        raise InputError(f"relevance needs self-attention; tower {tower.name!r} looks across")
-    if model.reads_tokens and any(tower.name in p.views for p in prompts):
-        raise InputError(
-            f"tower {tower.name!r} decides nothing by itself: a decoder reads what it makes of all "
-            "its patches",
-            hint="explain through the tower that reads the text; its image tokens are patches",
-        )
+def _groups(
+    prompts: Sequence[Prompt], inner: Sequence[Prompt] | None, size: int
+) -> list[list[int]]:
+    """Prompts of one form at a time: no padding, and rows are whole."""
+    alike: dict[object, list[int]] = {}
+    for i, p in enumerate(prompts):
+        shapes = frozenset((name, tuple(x.shape)) for name, x in p.inputs.items())
+        alike.setdefault((len(p), len(inner[i]) if inner else 0, shapes), []).append(i)
+    return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 
 
-def _deciding(prompt: Prompt) -> int:
-    return prompt.positions("cls")[0] if "cls" in prompt.spans else len(prompt) - 1
+def _decoders(
+    model: "Model", prompts: Sequence[Prompt], decoder: Sequence[Prompt] | None
+) -> list[Prompt] | None:
+    """What the decoder reads for each prompt; None without a decoder that reads by itself."""
+    if not takes_decoder(model):
+        if decoder is not None:
+            raise InputError(f"{model.name} has no decoder beside an encoder; got decoder prompts")
+        return None
+    if decoder is not None:
+        if len(decoder) != len(prompts):
+            raise InputError(
+                f"the decoder reads one prompt for each of {len(prompts)}; got {len(decoder)}"
+            )
+        return list(decoder)
+    out = []
+    for p in prompts:
+        ids = p.inputs.get("decoder_input_ids")
+        read = _start(model) if ids is None else tuple(ids.reshape(-1).tolist())
+        out.append(Prompt(read, id=p.id))
+    return out
+
+
+def _start(model: "Model") -> tuple[int, ...]:
+    for config in (getattr(model.hf, "generation_config", None), model.config, model.text_config):
+        start = getattr(config, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return (start,)
+    raise InputError(
+        f"{model.name} does not say with which token its decoder starts",
+        hint="decoder=[Prompt((start, …)), …] says what it has read",
+    )
 
 
 def _targets(
-    target: str | Sequence[int], prompts: Sequence[Prompt], group: Sequence[int]
+    target: str | Sequence[int],
+    prompts: Sequence[Prompt],
+    inner: Sequence[Prompt] | None,
+    group: Sequence[int],
 ) -> list[int] | None:
     if target == "top":
         return None
     if target == "answer":
-        lacking = [prompts[i] for i in group if not prompts[i].answer]
-        if lacking:
+        answers = [(inner[i].answer if inner else None) or prompts[i].answer for i in group]
+        if None in answers:
             raise InputError(
-                f"target 'answer' needs an answer; prompt {lacking[0].id or '?'} has none",
+                f"target 'answer' needs an answer; prompt "
+                f"{prompts[group[answers.index(None)]].id or '?'} has none",
                 hint="target='top' explains what the model says",
             )
-        return [(prompts[i].answer or (0,))[0] for i in group]
+        return [answer[0] for answer in answers if answer]
     if isinstance(target, str) or len(target) != len(prompts):
         raise InputError(
             f"target must be top, answer, or one token for each of {len(prompts)} prompts; "
@@ -196,183 +243,71 @@ def _targets(
     return [int(target[i]) for i in group]
 
 
-Maps = Mapping[str, Tensor]
-
-
-def _run(
-    model: "Model", layers: "Sequence[Layer]", batch: Batch, wanted: list[int] | None, slopes: bool
-) -> tuple[Maps, Maps, Tensor]:
-    """Patterns [batch, head, query, key] of each layer, their gradients, and the targets."""
-    patterns: dict[str, Tensor] = {}
-    names = {layer.name for layer in layers}
-
-    def kept(a: Tensor) -> Tensor:
-        return a if a.requires_grad or not slopes else a.detach().requires_grad_()
-
-    def observer(call: "AttnCall") -> Tensor | None:
-        if call.name not in names:
-            return None
-        if call.q is None or call.v is None:
-            return None
-        if call.z.shape[0] != len(batch):
-            raise SiteError(f"{call.name} attends in groups; its patterns are of no whole prompt")
-        every, heads = slice(0, call.n_query), slice(0, call.n_heads)
-        a = kept(torch.stack([call.rows(b, heads, every) for b in range(len(batch))]))
-        patterns[call.name] = a
-        v = call.v.repeat_interleave(call.n_heads // call.v.shape[1], dim=1).to(a)
-        return (a @ v).transpose(1, 2).to(call.z)
-
-    def weights(name: str, a: Tensor) -> Tensor | None:
-        if name not in names:
-            return None
-        patterns[name] = kept(a)
-        return patterns[name]
-
-    with torch.set_grad_enabled(slopes), frozen(model), model.observe(observer, weights=weights):
-        inputs = batch.inputs()
-        if not model.reads_tokens:
-            inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
-        out: Any = model.hf(**inputs)
-        logits = out.logits if hasattr(out, "logits") else out[0]
-        if logits.dim() == 3:
-            logits = logits[torch.arange(len(batch)), [len(p) - 1 for p in batch.prompts]]
-        chosen = logits.argmax(-1) if wanted is None else torch.tensor(wanted).to(logits.device)
-        missing = [n for n in names if n not in patterns]
-        if missing:
-            raise SiteError(
-                f"relevance needs the pattern of every layer of the tower; {missing[0]} gives none"
-            )
-        if not slopes:
-            return patterns, {}, chosen
-        score = logits.gather(-1, chosen[:, None]).sum()
-        found = torch.autograd.grad(score, list(patterns.values()), allow_unused=True)
-    grads = {
-        n: torch.zeros_like(a) if g is None else g
-        for (n, a), g in zip(patterns.items(), found, strict=True)
-    }
-    return {n: a.detach() for n, a in patterns.items()}, grads, chosen
-
-
-def _propagated(
-    layers: "Sequence[Layer]", maps: Maps, slopes: Maps, at: int, method: str
-) -> tuple[Tensor, Tensor]:
-    """The row of the deciding position, and each head's mass in it."""
-    first = maps[layers[0].name]
-    n = first.shape[-1]
-    total = torch.eye(n, dtype=first.dtype, device=first.device)
-    masses = []
-    for layer in layers:
-        a = maps[layer.name]
-        if method == "gradient":
-            pulled = (slopes[layer.name] * a).clamp(min=0)
-            masses.append(pulled[:, at].sum(-1))
-            total = total + pulled.mean(0) @ total
-        else:
-            masses.append(a.new_full((a.shape[0],), torch.nan))
-            if method == "rollout":
-                mixed = a.mean(0) + torch.eye(n, dtype=a.dtype, device=a.device)
-                total = mixed / mixed.sum(-1, keepdim=True) @ total
-            else:
-                total = a.mean(0)
-    return total[at], torch.cat(masses)
+def _read(batch: Batch, scope: Scope) -> Batch:
+    """The batch as the deciding tower sees it."""
+    if batch.decoder is not None:
+        return batch.decoder
+    shown = batch.view(scope.own.name)
+    views = batch if shown is None else shown[0]
+    if len(views) != len(batch):
+        raise InputError(f"tower {scope.own.name!r} must see one image a prompt")
+    return views
 
 
 @dataclass(frozen=True)
-class Perturbation:
-    """What is left of the target when tokens are hidden in an order.
+class _Row:
+    """The deciding row of one example."""
 
-    Attributes:
-        shares: hidden share of the span's tokens.
-        deletion: [example, share] probability of the target, the most relevant hidden first.
-        insertion: [example, share] the same, the most relevant shown first: `shares` is then the
-            shown share.
-        random: [example, share] deletion in random order.
-    """
-
-    shares: Float[np.ndarray, " share"]
-    deletion: Float[np.ndarray, "example share"]
-    insertion: Float[np.ndarray, "example share"]
-    random: Float[np.ndarray, "example share"]
-
-    def area(self, name: str) -> Float[np.ndarray, " example"]:
-        """Area under a curve; a good map has little under `deletion`, much under `insertion`."""
-        return np.asarray(np.trapezoid(getattr(self, name), self.shares, axis=1))
+    prompt: Prompt
+    tokens: np.ndarray
+    target: int
+    masses: dict[str, np.ndarray]
+    source: np.ndarray
+    looked: Prompt | None
+    through: frozenset[str]
 
 
-SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 0.75, 1.0)
+def _rows(scope: Scope, batch: Batch, traced: Traced, method: str) -> list[_Row]:
+    weights = [_weights(c) for c in traced.calls]
+    # In double: what is gained over I may be far smaller than 1, and is divided by its sum.
+    steps = [
+        Step(c.query, c.key, a.mean(1).cpu().double(), c.block)
+        for c, a in zip(traced.calls, weights, strict=True)
+    ]
+    maps = spread(steps, method)
+    across = maps.get((TOKENS, SOURCE))
+    through = frozenset(c.layer.tower for c in traced.calls)
+    out = []
+    for b, (prompt, at) in enumerate(zip(_read(batch, scope).prompts, traced.at, strict=True)):
+        masses: dict[str, np.ndarray] = {}
+        for c, a in zip(traced.calls, weights, strict=True):
+            if c.query == TOKENS:
+                mass = (
+                    a[b, :, at].sum(-1)
+                    if method == "gradient"
+                    else a.new_full(a.shape[1:2], np.nan)
+                )
+                masses[c.layer.name] = masses.get(c.layer.name, 0) + mass.double().cpu().numpy()
+        tokens = maps[TOKENS, TOKENS][b, at, : len(prompt)].numpy()
+        source, looked = np.zeros(0), None
+        if across is not None:
+            source = across[b, at].numpy()
+            looked = _looked(batch, scope, b, len(source))
+        out.append(_Row(prompt, tokens, int(traced.target[b]), masses, source, looked, through))
+    return out
 
 
-def perturbation(
-    model: "Model",
-    found: Relevance,
-    prompts: Sequence[Prompt],
-    *,
-    span: str = "image",
-    shares: Sequence[float] = SHARES,
-    seed: int = 0,
-) -> Perturbation:
-    """Hide tokens in order of relevance and see what becomes of the target.
-
-    Tokens are hidden from all others and keep their places, so that any prompt can be tested; of a
-    plain vision transformer, in which every patch is read, its pixels are set to the mean (0).
-
-    Args:
-        model: the model.
-        found: relevance of the prompts.
-        prompts: the same prompts.
-        span: whose tokens are hidden.
-        shares: shares to hide, rising from 0 to 1.
-        seed: seed of the random order.
-
-    Raises:
-        InputError: other prompts than those of `found`, or shares out of order.
-    """
-    if len(prompts) != len(found.tokens):
-        raise InputError(f"{len(found.tokens)} prompts were explained; got {len(prompts)}")
-    asked = np.asarray(shares, dtype=float)
-    if asked[0] != 0 or asked[-1] != 1 or (np.diff(asked) <= 0).any():
-        raise InputError(f"shares must rise from 0 to 1; got {tuple(shares)}")
-    rng = np.random.default_rng(seed)
-    out = {
-        name: np.zeros((len(prompts), len(asked))) for name in ("deletion", "insertion", "random")
-    }
-    for i, prompt in enumerate(prompts):
-        seen = found.prompts[i]
-        places = np.array(seen.positions(span))
-        best = places[np.argsort(-found.tokens[i][places], kind="stable")]
-        for name, order in (
-            ("deletion", best), ("insertion", best), ("random", rng.permutation(places))
-        ):  # fmt: skip
-            for j, share in enumerate(asked):
-                count = round(share * len(places))
-                gone = order[count:] if name == "insertion" else order[:count]
-                out[name][i, j] = _probability(model, prompt, seen, gone, found.target[i])
-    return Perturbation(asked, **out)
+def _weights(call: Call) -> Float[Tensor, "batch head query key"]:
+    """relu(∇A ⊙ A) of each head; A itself if no gradient was asked for."""
+    return call.pattern if call.slope is None else (call.slope * call.pattern).clamp(min=0)
 
 
-@torch.no_grad()
-def _probability(
-    model: "Model", prompt: Prompt, seen: Prompt, gone: np.ndarray, target: int
-) -> float:
-    batch = model.batch([prompt])
-    inputs: dict[str, Any] = batch.inputs()
-    hidden: AbstractContextManager[None] = nullcontext()
-    if model.reads_tokens:
-        if len(gone):
-            tower = next(iter(model.towers.values()))
-            hidden = unseen(model, tower, [prompt], [gone.tolist()])
-    else:
-        pixels = batch.extra["pixel_values"].clone()
-        assert seen.patches is not None
-        rows, columns = next(iter(seen.patches.grids().values()))
-        high, wide = pixels.shape[-2] // rows, pixels.shape[-1] // columns
-        for p in seen.patches:
-            if p.position in set(gone.tolist()):
-                y, x = p.row * high, p.column * wide
-                pixels[..., y : y + high, x : x + wide] = 0
-        inputs = {"pixel_values": pixels}
-    with hidden:
-        out: Any = model.forward(inputs)
-    logits = out.logits if hasattr(out, "logits") else out[0]
-    last = logits[0, -1] if logits.dim() == 3 else logits[0]
-    return float(last.double().softmax(-1)[target])
+def _looked(batch: Batch, scope: Scope, b: int, n: int) -> Prompt:
+    """What one example looked at: its encoder's prompt, its view of n positions, or no names."""
+    prompt = batch.prompts[b]
+    keys = [seen for t in scope.cross for seen in prompt.views.get(f"{t.name}/keys", ())]
+    if batch.decoder is not None and not keys and len(prompt) == n:
+        return prompt
+    rows = [seen[0] for seen in prompt.views.values() if len(seen) == 1]
+    fits = [seen for seen in (*keys, *rows) if len(seen) == n]
+    return fits[0] if fits else Prompt((0,) * n, id=prompt.id)
