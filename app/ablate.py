@@ -11,7 +11,7 @@ from app import actoptions as a
 from app import options as o
 from app.effects import write_effects
 from app.exits import UsageError, say
-from app.given import MAYBE, Given, check_answered, check_speaks
+from app.given import MAYBE, Given, check_speaks
 from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
@@ -133,7 +133,6 @@ def _alone(asked: Subject, keeping: Keeping, model: "Model", ids: "list[HeadId]"
     from heads.outcome import with_targets
 
     prompts, target = asked.prompts(model)
-    check_answered(prompts, "ablate")
     data = with_targets(prompts, target)
     key = key_of(
         model, "ablate.zero", heads=[str(h) for h in ids], **asked.key(data)
@@ -191,9 +190,11 @@ def _together(
     paired: bool,
 ) -> Answer:  # fmt: skip
     asked = work.subject
+    from heads.outcome import with_targets
+
     pairs = asked.pairs(model) if paired else None
     prompts, target = ([], "all") if pairs is not None else asked.prompts(model)
-    check_answered(prompts, "ablate")
+    data = with_targets(prompts, target)
     key = key_of(
         model, "ablate.joint", heads=[str(h) for h in ids], controls=controls,
         settings=dict(work.settings), metric=work.metric,
@@ -215,9 +216,8 @@ def _together(
                 rights: list[float | None] = [None] * len(sets)
                 unit, base = f"change of {found.metric}", float(found.clean.mean())
             else:
-                from heads.outcome import outcome, with_targets
+                from heads.outcome import outcome
 
-                data = with_targets(prompts, target)
                 bare = outcome(model, data, batch_size=asked.batch_size)
                 columns, rights = [], []
                 for i, heads in enumerate(sets):

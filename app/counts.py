@@ -151,7 +151,7 @@ def count_verdict(
         scoring = work_of(batches(
             model, [judge], prompts, task=task, n=asked.n, batch_size=asked.batch_size,
             seed=asked.seed,
-        )[0])  # fmt: skip
+        )[0], len(every))  # fmt: skip
     if task is not None:
         once = _fed(
             task.prompts(model, asked.n, seed=asked.seed + 1), task.target, asked.batch_size

@@ -30,11 +30,20 @@ def _count(request: "Request", model: "Model") -> tuple[Work, list[Row]]:
         model, made, prompts, task=task, n=request.n, batch_size=request.batch_size,
         seed=request.seed,
     )  # fmt: skip
-    return work_of(jobs), [row("batches", len(jobs))]
+    return work_of(jobs, _heads(model, request.tower, jobs)), [row("batches", len(jobs))]
 
 
-def work_of(jobs: "Sequence[Job]") -> Work:
-    """Count what batches ask of a model."""
+def _heads(model: "Model", tower: str | None, jobs: "Sequence[Job]") -> int:
+    """Heads of the tower, by the configuration; 0 where no detector runs the model once a head."""
+    if not any(getattr(d, "per_head", 0) for job in jobs for d in job.detectors):
+        return 0
+    sees = tower not in (None, "text") or not model.reads_tokens
+    config = getattr(model.config, "vision_config", model.config) if sees else model.text_config
+    return int(config.num_hidden_layers) * int(config.num_attention_heads)
+
+
+def work_of(jobs: "Sequence[Job]", heads: int) -> Work:
+    """Count what batches ask of a model, in whose tower there are so many heads."""
     from heads.detector import DecodingDetector, ReadingDetector, WatchingDetector
 
     passed = squares = steps = widest = longest = 0
@@ -42,7 +51,10 @@ def work_of(jobs: "Sequence[Job]") -> Work:
         readers = [d for d in job.detectors if isinstance(d, ReadingDetector)]
         decoders = [d for d in job.detectors if isinstance(d, DecodingDetector)]
         controls = sum(type(d).control is not ReadingDetector.control for d in readers)
-        watched = sum(d.passes for d in job.detectors if isinstance(d, WatchingDetector))
+        watched = sum(
+            d.passes + heads * d.per_head
+            for d in job.detectors if isinstance(d, WatchingDetector)
+        )  # fmt: skip
         passes = bool(readers) + controls + watched
         width = max(map(len, job.prompts))
         passed += passes * width * len(job.prompts)

@@ -1,6 +1,5 @@
 """Own prompts as a command line gives them: a file, texts, images; and what a model must read."""
 
-import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -192,67 +191,14 @@ def made_prompts(lines: "Sequence[Line]", model: "Model") -> "list[Prompt]":
     """
     from interp.promptfile import to_prompts
 
-    check_lines(lines, model)
-    made = to_prompts(lines, model)
-    for line, prompt in zip(lines, made, strict=True):
-        check_placeholders(line, prompt, model)
-    return made
+    return to_prompts(lines, model)
 
 
 def made_pairs(lines: "Sequence[PairLine]", model: "Model") -> "list[PromptPair]":
     """Own pairs for a model; see `made_prompts`."""
     from interp.pairfile import to_pairs
 
-    check_lines([side for line in lines for side in (line.clean, line.corrupted)], model)
-    made = to_pairs(lines, model)
-    for line, pair in zip(lines, made, strict=True):
-        check_placeholders(line.clean, pair.clean, model)
-        check_placeholders(line.corrupted, pair.corrupted, model)
-    return made
-
-
-def check_lines(lines: "Iterable[Line]", model: "Model") -> None:
-    """Refuse images without text, or texts without images, that a model has no use for.
-
-    Raises:
-        PromptFileError: a line lacks what the model reads.
-    """
-    for line in lines:
-        without = line.text is None and line.tokens is None
-        if without and model.reads_tokens and reads_images(model):
-            raise PromptFileError(
-                f"{line.place}: {model.name} reads a text with its images; got none",
-                hint='--prompt TEXT with --image, or {"image": ..., "text": ...} in a JSONL file',
-            )
-        if not model.reads_tokens and not line.images:
-            raise PromptFileError(
-                f"{line.place}: {model.name} reads images alone; got a prompt without any",
-                hint='--image PATH, or {"image": ...} in a JSONL file',
-            )
-
-
-def reads_images(model: "Model") -> bool:
-    """Whether a model takes pixels."""
-    return "pixel_values" in inspect.signature(model.hf.forward).parameters
-
-
-def check_placeholders(line: "Line", prompt: "Prompt", model: "Model") -> None:
-    """Refuse a text that holds the placeholder of an image and has no image.
-
-    Raises:
-        PromptFileError: the model would read the placeholder as a word.
-    """
-    if line.images:
-        return
-    names = ("image_token_id", "image_token_index")
-    marks = {getattr(model.config, name, None) for name in names} - {None}
-    count = sum(token in marks for token in prompt.tokens)
-    if count:
-        raise PromptFileError(
-            f"{line.place}: every placeholder of an image needs one; got {count} placeholders and "
-            f"no image",
-            hint='--image PATH, or "image": "a.png" in the line of a JSONL file',
-        )
+    return to_pairs(lines, model)
 
 
 def check_speaks(model: "Model", what: str) -> None:
@@ -267,17 +213,3 @@ def check_speaks(model: "Model", what: str) -> None:
             f"produces none",
             hint="headscope rank reads its heads",
         )
-
-
-def check_answered(prompts: "Sequence[Prompt]", what: str) -> None:
-    """Refuse prompts with images and without an answer, where tokens to predict are measured.
-
-    Raises:
-        InputError: one has none; the tokens of an image cannot be predicted.
-    """
-    for prompt in prompts:
-        if prompt.inputs and not prompt.answer:
-            raise InputError(
-                f"{what} measures the answer to an image; prompt {prompt.id or '?'} has none",
-                hint='--answer TEXT, or "answer": " word" in the line of a JSONL file',
-            )

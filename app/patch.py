@@ -11,13 +11,14 @@ from app import options as o
 from app.catalog import check
 from app.effects import write_effects
 from app.exits import UsageError
-from app.given import ALWAYS, Given, check_speaks
+from app.given import ALWAYS, MAYBE, Given, check_speaks
 from app.headset import parse
 from app.keep import Keeping
 from app.loading import Source
 from app.pairwork import PairWork
-from app.subject import check_tower, subject
+from app.subject import Subject, check_tower, subject
 from app.tables import Format
+from app.windows import Cut, asked_cut, count_cut, cut_off, write_cut
 
 if TYPE_CHECKING:
     from patching.method import Method
@@ -44,6 +45,20 @@ def patch(
         typer.Option(help="noise: corrupted into clean (necessary); denoise: the reverse."),
     ] = "noise",
     metric: a.Metric = "logit-difference",
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: cut attention off in windows of so many layers."),
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="With --window: tokens that look no more: last, a SPAN, ~SPAN (the rest)."
+        ),
+    ] = None,
+    keys: Annotated[
+        list[str] | None,
+        typer.Option(help="With --window: tokens hidden from these, likewise; may be given often."),
+    ] = None,
     top: o.Top = None,
     out: a.Out = None,
     save: a.Save = True,
@@ -67,19 +82,42 @@ def patch(
 
     The effect is the change of the metric in the patched run; `recovered` is its share of the
     difference between the two runs. Pairs come from a task, or from a file of your own.
+
+    With --window, prompts need no pairs: attention from --queries to --keys is cut off in all heads
+    of the layers around each layer, and the probability of the answer changes.
     """
     if site not in _SITES:
         raise UsageError(f"--site must be one of {', '.join(_SITES)}; got {site!r}")
     if direction not in _DIRECTIONS:
         raise UsageError(f"--direction must be noise or denoise; got {direction!r}")
+    given_too = {
+        "--site": site != "z", "--direction": direction != "noise",
+        "--metric": metric != "logit-difference",
+    }  # fmt: skip
+    cut = asked_cut(window, queries, keys, [name for name, there in given_too.items() if there])
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     given = Given(prompts, prompt or (), image or (), corrupted_image or (), answer, wrong)
     asked = subject(
         _task(task, given), given, param=param, n=n, batch_size=batch_size, seed=seed,
-        tower=tower, pairs=ALWAYS,
+        tower=tower, pairs=MAYBE if cut else ALWAYS,
     )  # fmt: skip
     chosen = parse(heads) if heads else None
     source.check()
+    if cut is not None:
+        if dry_run:
+            _dry_cut(source, asked, cut, format=format, quiet=quiet)
+            return
+        keeping = Keeping(
+            save, out, ["patch.window"], source.name,
+            shlex.join(["headscope", *(context.obj or ())]), quiet, "windows",
+        )  # fmt: skip
+        loaded = source.load(quiet=quiet)
+        check_tower(loaded, tower)
+        check_speaks(loaded, "patch")
+        ids = chosen.of(loaded, tower=tower) if chosen is not None else None
+        found = cut_off(asked, cut, keeping, loaded, ids)
+        write_cut(found, source.name, format=format, top=top, quiet=quiet)
+        return
     work = PairWork(source, asked, chosen, "patch", metric, {"site": site, "direction": direction})
     made = work.check()
     if dry_run:
@@ -111,6 +149,12 @@ def _dry(work: PairWork, method: "Method", *, format: Format, quiet: bool) -> No
         work.source, partial(count_method, work.subject, method, work.heads), work.method,
         format=format, quiet=quiet, passes=AT_MOST,
     )  # fmt: skip
+
+
+def _dry_cut(source: Source, asked: Subject, cut: Cut, *, format: Format, quiet: bool) -> None:
+    from app.outlook import forecast
+
+    forecast(source, partial(count_cut, asked, cut), "patch", format=format, quiet=quiet)
 
 
 def attribute(

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.exits import say
-from app.given import reads_images
 from app.overlay import EXTRA, SCHEMA, VERSION
 from interp.errors import InterpError
+from interp.headid import DEFAULT_TOWER
+from interp.images.lines import reads_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from interp.headid import HeadId
+    from interp.images.patches import Box, Patch, PatchMap
     from interp.model import Model
     from interp.promptfile import Line
     from interp.prompts import Prompt
@@ -103,10 +105,10 @@ class Sights:
                 heads = _by_mass(rows, tower, self.best)
             arrays[f"{at}/places"], arrays[f"{at}/boxes"] = places, boxes
             arrays[f"{at}/rows"] = np.stack([rows[_at(h, tower)] for h in heads])
-            images, sizes = self._images(i, prompts[i], boxes, places)
+            images, sizes = images_of(self.model, prompts[i], self._line(i))
             for j, image in enumerate(images):
                 arrays[f"{at}/image-{j}"] = png(image)
-            named = self._boxes(i, prompts[i])
+            named = boxes_of(prompts[i], self._line(i))
             wanted = {n: b for n, b in named.items() if n in self.boxes} or named
             about.append(
                 {"id": prompts[i].id or f"prompt-{i}", "sizes": sizes, "query": query,
@@ -132,36 +134,82 @@ class Sights:
     def _line(self, i: int) -> "Line | None":
         return None if self.lines is None else self.lines[i]
 
-    def _images(
-        self, i: int, prompt: "Prompt", boxes: np.ndarray, places: np.ndarray
-    ) -> "tuple[list[Image], list[list[int]]]":
-        """The images of a prompt, and their sizes as they were."""
-        from interp.images import open_image
-
-        line = self._line(i)
-        if line is not None:
-            opened = [open_image(path) for path in line.images]
-            return opened, [[x.width, x.height] for x in opened]
-        sizes = _sizes(prompt)
-        seen = [
-            _shown(self.model, prompt, j, size, boxes[places[:, 2] == j])
-            for j, size in enumerate(sizes)
-        ]
-        return seen, [list(size) for size in sizes]
-
-    def _boxes(self, i: int, prompt: "Prompt") -> "dict[str, tuple[int, Sequence[float]]]":
-        line = self._line(i)
-        if line is not None:
-            return dict(line.boxes)
-        given = prompt.meta.get("boxes") or {}
-        return {
-            str(name): (int(box[0]), box[1]) if len(box) == 2 else (0, box)
-            for name, box in given.items()
-        }
-
     def _text(self, i: int, prompt: "Prompt") -> str:
         line = self._line(i)
         return str((line.text if line is not None else prompt.meta.get("question")) or "")
+
+
+def images_of(
+    model: "Model", prompt: "Prompt", line: "Line | None"
+) -> "tuple[list[Image], list[list[int]]]":
+    """The images of a prompt, and their sizes as they were."""
+    from interp.images import open_image
+
+    if line is not None:
+        opened = [open_image(path) for path in line.images]
+        return opened, [[x.width, x.height] for x in opened]
+    maps = _maps(prompt)
+    seen = [
+        _shown(model, prompt, j, size, [p.box for p in maps[0] if p.image == j])
+        for j, size in enumerate(maps[0].sizes)
+    ]
+    return seen, [list(size) for size in maps[0].sizes]
+
+
+def boxes_of(prompt: "Prompt", line: "Line | None") -> "dict[str, tuple[int, Sequence[float]]]":
+    """Named boxes of a prompt: image and box, in pixels of the image as it was."""
+    if line is not None:
+        return dict(line.boxes)
+    given = prompt.meta.get("boxes") or {}
+    return {
+        str(name): (int(box[0]), box[1]) if len(box) == 2 else (0, box)
+        for name, box in given.items()
+    }
+
+
+def pictures_of(
+    model: "Model", prompt: "Prompt", line: "Line | None" = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a trace keeps of the images of a prompt; nothing if it has none.
+
+    Returns:
+        `image-J`, the bytes of a PNG file of each image; of each tower that sees pixels
+        `TOWER/places` [position, 7] (row of the tower, position in it, image, grid row, grid
+        column, tile and frame, -1 where there is none) and `TOWER/boxes` [position, 4] in pixels
+        of the image as it was, NaN where a position stands for none; and sizes and named boxes.
+    """
+    if not prompt.inputs or not _maps(prompt):
+        return {}, {}
+    images, sizes = images_of(model, prompt, line)
+    arrays = {f"image-{j}": png(image) for j, image in enumerate(images)}
+    rows: dict[str, Sequence[Prompt]] = {}
+    if prompt.patches is not None and model.reads_tokens:
+        rows[DEFAULT_TOWER] = (prompt,)
+    # A view of one layer alone is not that of the tower.
+    rows |= {name: seen for name, seen in prompt.views.items() if "/" not in name}
+    for name, seen in rows.items():
+        arrays[f"{name}/places"], arrays[f"{name}/boxes"] = _every_place(seen)
+    named = {n: [image, *map(float, box)] for n, (image, box) in boxes_of(prompt, line).items()}
+    return arrays, {"sizes": sizes, "boxes": named}
+
+
+def _every_place(rows: "Sequence[Prompt]") -> tuple[np.ndarray, np.ndarray]:
+    n = sum(map(len, rows))
+    places, boxes = np.full((n, 7), -1, np.int32), np.full((n, 4), np.nan, np.float32)
+    first = 0
+    for b, row in enumerate(rows):
+        own = slice(first, first + len(row))
+        places[own, 0], places[own, 1] = b, np.arange(len(row))
+        for patch in row.patches or ():
+            places[first + patch.position] = _place(b, patch)
+            boxes[first + patch.position] = patch.box
+        first += len(row)
+    return places, boxes
+
+
+def _place(row: int, patch: "Patch") -> tuple[int, ...]:
+    tile = -1 if patch.tile is None else patch.tile
+    return row, patch.position, patch.image, patch.row, patch.column, tile, patch.frame
 
 
 def heads_of(recipe: "Recipe", model: "Model") -> "tuple[HeadId, ...]":
@@ -208,8 +256,7 @@ def looks(
     places, boxes, masses = [], [], []
     for b, (row, skipped) in enumerate(zip(rows, seen.offsets, strict=True)):
         for p in row.patches or ():
-            tile = -1 if p.tile is None else p.tile
-            places.append((b, p.position, p.image, p.row, p.column, tile, p.frame))
+            places.append(_place(b, p))
             boxes.append(p.box)
             masses.append(values[b, :, :, skipped + p.position].float().cpu().numpy())
     return (
@@ -229,23 +276,25 @@ def _by_mass(rows: np.ndarray, tower: "Tower", most: int) -> "list[HeadId]":
     return sorted(mass, key=lambda h: -mass[h])[:most]
 
 
-def _sizes(prompt: "Prompt") -> list[tuple[int, int]]:
+def _maps(prompt: "Prompt") -> "list[PatchMap]":
+    """The patches of a prompt, and of each row of its towers."""
     maps = [prompt.patches, *(row.patches for rows in prompt.views.values() for row in rows)]
-    return next(list(m.sizes) for m in maps if m is not None)
+    return [m for m in maps if m is not None]
 
 
 def _shown(
-    model: "Model", prompt: "Prompt", j: int, size: tuple[int, int], boxes: np.ndarray
+    model: "Model", prompt: "Prompt", j: int, size: tuple[int, int], patches: "Sequence[Box]"
 ) -> "Image":
     """An image as the model was given it; grey where its tensor is no whole picture."""
     from PIL import Image
 
     pixels: Any = prompt.inputs.get("pixel_values")
+    boxes = np.array(patches, dtype=np.float32).reshape(-1, 4)
     whole = len(boxes) > 0 and np.allclose(
         [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)], [0, 0, *size], atol=1
     )
     fits = pixels is not None and pixels.dim() == 4 and pixels.shape[1] == 3
-    if not whole or not fits or len(pixels) != len(_sizes(prompt)):
+    if not whole or not fits or len(pixels) != len(_maps(prompt)[0].sizes):
         return Image.new("RGB", size, (128, 128, 128))
     x = pixels[j].float().permute(1, 2, 0).cpu().numpy()
     inner = getattr(model.processor, "image_processor", model.processor)

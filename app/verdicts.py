@@ -14,7 +14,7 @@ from app import options as o
 from app import params
 from app.catalog import check
 from app.exits import UsageError, say
-from app.given import Given, check_answered, check_speaks
+from app.given import Given, check_speaks
 from app.headset import parse
 from app.keep import Answer, Keeping, kept, key_of
 from app.loading import Source
@@ -109,6 +109,8 @@ def verdict(
         forecast(source, count, f"a verdict on {detector}", format=format, quiet=quiet,
                  passes="at most, before the further sets")  # fmt: skip
         return
+    from heads.outcome import with_targets
+
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
     ids = None if chosen is None else chosen.of(loaded, tower=tower)
@@ -116,7 +118,7 @@ def verdict(
         chosen.say_models(source.name)
     check_speaks(loaded, "a verdict")
     own = asked.prompts(loaded)[0] if asked.lines is not None else None
-    check_answered(own or (), "a verdict")
+    with_targets(own or (), "all")  # refuses what has nothing to predict before a run is begun
     key = key_of(
         loaded, "verdict", detector=detector, detector_params=judge.params, settings=settings,
         heads=None if ids is None else [str(h) for h in ids],

@@ -10,6 +10,7 @@ from app.keep import Answer
 from app.steered import write_steered, write_sweep
 from app.tables import Format
 from app.verdicts import write_verdict
+from app.windows import write_cut
 
 if TYPE_CHECKING:
     from interp.run import Run
@@ -38,6 +39,7 @@ _VIEWS: Mapping[str, Callable[..., None]] = {
     "patch": partial(_effects, schema="headscope.patch"),
     "attribute": partial(_effects, schema="headscope.attribute"),
     "probe": partial(_effects, schema="headscope.probe"),
+    "windows": write_cut,
     "steer": write_steered,
     "sweep": write_sweep,
 }

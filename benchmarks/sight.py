@@ -1,7 +1,12 @@
-"""What published interventions do to hallucination on `zoo:shapes-vlm`.
+"""Which heads of `zoo:shapes-vlm` see, at which depth, and what interventions do to its habits.
 
-    python benchmarks/sight.py            the tables (some minutes)
-    python benchmarks/sight.py --write    also as docs/sight.md
+    python benchmarks/sight.py                            the tables (some minutes)
+    python benchmarks/sight.py --write                    also as docs/sight.md
+    python benchmarks/sight.py --only knockout --write    one section alone; the others stay
+
+Knockout: the relative change of the probability of the answer when, in a window of layers, one
+group of tokens may not look at another. `question` is the text before the last token, `other
+patches` as many random patches as `thing` has, none of them its own.
 
 The conflict set asks for the colour of shapes that have a habitual colour in the world the model
 was trained on, and another one here; half of the things are nearly grey. An answer is a
@@ -11,10 +16,12 @@ the first answer token from the plain model's.
 """
 
 import argparse
+import random
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +42,17 @@ from interp.model import Model  # noqa: E402
 from interp.prompts import Batch, Prompt  # noqa: E402
 from interp.recipe import Recipe  # noqa: E402
 from interp.tasks import make_task  # noqa: E402
+from patching.windows import WindowKnockout, window_knockout  # noqa: E402
 
 Maker = Callable[[Model, Batch], Recipe]
 LAYERS = (1, 2, 3)
+PAGE = ROOT / "docs" / "sight.md"
+FLOWS = (
+    *(("image", "last"), ("thing", "last"), ("other patches", "last"), ("question", "last")),
+    *(("image", "question"), ("thing", "question"), ("bos", "last")),
+)
+"""Keys that are hidden, and from which queries."""
+WINDOWS = (1, 2, 3)
 
 
 def by(name: str, **params: object) -> Maker:
@@ -147,26 +162,100 @@ def found(model: Model, n: int) -> list[str]:
     return lines
 
 
+def grouped(prompt: Prompt) -> Prompt:
+    """The prompt with the token groups of the knockouts as spans."""
+    thing, image = set(prompt.positions("thing")), prompt.positions("image")
+    rest = [i for i in image if i not in thing]
+    others = random.Random(f"others/{prompt.id}").sample(rest, len(thing))
+    spans = {
+        "question": ((image[-1] + 1, len(prompt) - 1),),
+        "other patches": tuple((i, i + 1) for i in sorted(others)),
+    }
+    return replace(prompt, spans={**prompt.spans, **spans})
+
+
+def flows(model: Model, n: int) -> list[WindowKnockout]:
+    """The curves of all token groups and windows."""
+    prompts = [grouped(p) for p in make_task("shapes", {"world": "even"}).prompts(model, n, seed=7)]
+    return [
+        window_knockout(
+            model,
+            prompts,
+            keys=keys,
+            queries=queries,
+            window=window,
+            target="answer",
+            batch_size=50,
+        )
+        for keys, queries in FLOWS
+        for window in WINDOWS
+    ]
+
+
+def depths(model: Model, n: int) -> list[str]:
+    """The table of knockouts."""
+    n = min(n, 200)
+    found = flows(model, n)
+    layers = found[0].layers
+    sure = 100 * found[0].probability.mean()
+    lines = [
+        f"Change of the probability of the answer in percent, {n} prompts of the even world; as "
+        f"it is, the answer has {sure:.1f} %. A window of w layers around layer l begins at "
+        "l − w // 2.",
+        "",
+        "| cut off | w | " + " | ".join(f"layer {layer}" for layer in layers) + " |",
+        "|---" * (2 + len(layers)) + "|",
+    ]
+    for one in found:
+        cells = [interval(one.per_example[:, i]) for i in range(len(layers))]
+        lines.append(f"| {one.label} | {one.window} | {' | '.join(cells)} |")
+    return lines
+
+
+def interventions(model: Model, n: int) -> list[str]:
+    """The table of hallucination, and what it is about."""
+    return [f"{n} prompts of the conflict world and as many ordinary ones.", "", *habits(model, n)]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Model, int], list[str]]]] = {
+    "heads": ("Heads that look at the image", lambda model, n: found(model, min(n, 60))),
+    "knockout": ("Where in depth the image is read", depths),
+    "interventions": ("Interventions against habit", interventions),
+}
+
+
+def put(made: dict[str, list[str]]) -> None:
+    """Write sections into the page; those that are not made anew stay as they are."""
+    old = PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else []
+    known = {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in old}
+    known |= {heading: "\n".join(lines).strip() for heading, lines in made.items()}
+    parts = [
+        "# Vision heads and hallucination on `zoo:shapes-vlm`",
+        "Made by `python benchmarks/sight.py --write`; `--only NAME` makes one section anew, of "
+        f"{', '.join(SECTIONS)}. The model, its world and its habits are described in "
+        "`interp/zoo/train/shapes_vlm.py` and `interp.scenes`.",
+    ]
+    for heading, _ in SECTIONS.values():
+        if heading in known:
+            parts += [f"## {heading}", known[heading]]
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
 def main() -> None:
     """Run and, if asked, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=400)
+    parser.add_argument("--only", action="append", choices=tuple(SECTIONS))
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load("zoo:shapes-vlm", device="cpu")
-    heads = found(model, min(args.n, 60))
-    print("\n".join(heads), flush=True)
-    table = habits(model, args.n)
-    if args.write:
-        (ROOT / "docs" / "sight.md").write_text("\n".join([
-            "# Vision heads and hallucination on `zoo:shapes-vlm`", "",
-            "Made by `python benchmarks/sight.py --write`. The model, its world and its habits are "
-            "described in `interp/zoo/train/shapes_vlm.py` and `interp.scenes`.", "",
-            "## Heads that look at the image", "", *heads,
-            "## Interventions against habit", "",
-            f"{args.n} prompts of the conflict world and as many ordinary ones.", "", *table, "",
-        ]))  # fmt: skip
+    for name, (heading, make) in SECTIONS.items():
+        if name in (args.only or SECTIONS):
+            lines = make(model, args.n)
+            print("\n".join(lines), flush=True)
+            if args.write:  # at once: what comes later may take long, or fail
+                put({heading: lines})
 
 
 if __name__ == "__main__":

@@ -112,7 +112,13 @@ class ReadingDetector(Detector):
 
 
 class WatchingDetector(Detector):
-    """A detector that runs the model itself."""
+    """A detector that runs the model itself.
+
+    Attributes:
+        per_head: forward passes over each prompt for each head of the tower, beside `passes`.
+    """
+
+    per_head: ClassVar[int] = 0
 
     @property
     def passes(self) -> int:

@@ -1,7 +1,8 @@
 """What a model does on prompts, with and without a recipe: log-probability and accuracy.
 
 The tokens to predict are the answer, fed after the prompt, or for prompts without an answer those
-of a span. Per example:
+of a span. Where a processor wrote an image into the text stand placeholders, which nobody predicts:
+a span that holds such is refused. Per example:
 
     log-prob   mean over the tokens to predict of log p(token | what precedes it), in nats
     correct    1 if each of them is the most likely token, else 0 (without answer, their share)
@@ -27,7 +28,7 @@ TARGET = "tokens to predict"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Performance:
     """What a model did on some prompts.
 
     Attributes:
@@ -42,8 +43,14 @@ class Outcome:
 def with_targets(prompts: Sequence[Prompt], target: str) -> list[Prompt]:
     """Prompts with their answers appended and the tokens to predict as a span.
 
+    Args:
+        prompts: the prompts.
+        target: span to predict of prompts that have no answer.
+
     Raises:
-        InputError: a prompt has neither an answer nor a token to predict.
+        InputError: a prompt has neither an answer nor a token to predict, or no answer and a span
+            that holds tokens of an image.
+        SpanError: a prompt has neither an answer nor such a span.
     """
     out = []
     for prompt in prompts:
@@ -55,9 +62,22 @@ def with_targets(prompts: Sequence[Prompt], target: str) -> list[Prompt]:
         places = [i for i in prompt.positions(target) if i > 0]
         if not places:
             raise InputError(f"prompt {prompt.id or '?'} has no token to predict")
+        if shown := _of_images(prompt) & set(places):
+            raise InputError(
+                f"what is predicted must be text, or the answer to an image; prompt "
+                f"{prompt.id or '?'} has no answer, and its span {target!r} holds {len(shown)} "
+                "tokens of an image",
+                hint='give it an answer: --answer TEXT, or "answer": " word" in the line of a '
+                "JSONL file",
+            )
         spans = {**prompt.spans, TARGET: tuple((i, i + 1) for i in places)}
         out.append(replace(prompt, spans=spans))
     return out
+
+
+def _of_images(prompt: Prompt) -> set[int]:
+    """Places that a processor filled; where images are tokens themselves, there are none."""
+    return set(prompt.positions("image")) if prompt.inputs and "image" in prompt.spans else set()
 
 
 @torch.no_grad()
@@ -67,7 +87,7 @@ def outcome(
     recipe: "Recipe | None" = None,
     *,
     batch_size: int = 4,
-) -> Outcome:
+) -> Performance:
     """Run prompts made by `with_targets`, under a recipe if one is given.
 
     Args:
@@ -77,13 +97,19 @@ def outcome(
         batch_size: prompts at a time.
 
     Raises:
-        InputError: no prompts, or no prompt at a time.
+        InputError: no prompts, no prompt at a time, or a model that reads images alone.
         ModelError: a log-probability is not finite.
     """
     if not prompts or batch_size < 1:
         raise InputError(
             f"at least one prompt, and one at a time, are needed; got {len(prompts)} and "
             f"{batch_size}"
+        )
+    if not model.reads_tokens:
+        raise InputError(
+            f"tokens are predicted by models that produce some; {model.name} reads images alone "
+            "and produces none",
+            hint="detector pruning-importance tells on which of its heads the class hangs",
         )
     log_prob, correct = np.zeros(len(prompts)), np.zeros(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -110,4 +136,4 @@ def outcome(
                 )
             share = hit.double().mean()
             correct[i] = float(hit.all()) if prompts[i].answer else float(share)
-    return Outcome(log_prob, correct)
+    return Performance(log_prob, correct)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from heads.outcome import Outcome
+from heads.outcome import Performance
 from heads.verdict_result import Effect, HeadVerdict, Verdict
 from interp.errors import RunError
 from interp.files import disk_errors, read_table, write_table
@@ -78,7 +78,7 @@ def load(folder: Path) -> Verdict:
         return Verdict(
             scores=HeadScores.load(place),
             examples=tuple(meta["examples"]),
-            base=Outcome(arrays["base.log_prob"], arrays["base.correct"]),
+            base=Performance(arrays["base.log_prob"], arrays["base.correct"]),
             heads=tuple(_head(arrays, h) for h in meta["heads"]),
             joint=_get(arrays, "joint", meta["joint"]),
             **{name: meta[name] for name in _TEXTS},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from heads.outcome import Outcome, outcome
+from heads.outcome import Performance, outcome
 from heads.verdict_result import Effect
 from interp.errors import InputError
 from interp.headid import HeadId
@@ -68,10 +68,10 @@ class Lab:
         self.ablated = set(chosen)
         self.alike = {*claimed, *(h for h, s in zip(scores.heads, suspect, strict=True) if s)}
         self.drew_alike = False
-        self._known: dict[frozenset[HeadId], Outcome] = {}
+        self._known: dict[frozenset[HeadId], Performance] = {}
 
     @property
-    def base(self) -> Outcome:
+    def base(self) -> Performance:
         """What the unablated model does."""
         return self._known[frozenset()]
 

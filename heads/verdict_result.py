@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from heads.outcome import Outcome
+from heads.outcome import Performance
 from interp.errors import InputError
 from interp.headid import HeadId
 from interp.scores import HeadScores
@@ -168,7 +168,7 @@ class Verdict:
     task: str
     scores: HeadScores
     examples: tuple[str, ...]
-    base: Outcome
+    base: Performance
     heads: tuple[HeadVerdict, ...]
     joint: Effect | None
     message: str

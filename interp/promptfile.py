@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import InputError, PromptFileError
-from interp.images.lines import Box, boxes_of, images_of
+from interp.images.lines import Box, boxes_of, check_placeholders, check_read, images_of
 from interp.jsonlines import (
     STDIN,
     answer_of,
@@ -127,7 +127,8 @@ def to_prompts(lines: Sequence[Line], model: "Model") -> list[Prompt]:
 
     Raises:
         PromptFileError: a text without tokenizer, a span that holds no token, token ids that the
-            model does not have.
+            model does not have, images or none where the model reads other things, or a
+            placeholder of an image without one.
     """
     return [_prompt(line, model) for line in lines]
 
@@ -224,6 +225,8 @@ def _range(item: Any, body: str | tuple[int, ...], where: str) -> Range:
 
 
 def _prompt(line: Line, model: "Model") -> Prompt:
+    written = line.text is not None or line.tokens is not None
+    check_read(model, len(line.images), written=written, place=line.place)
     if line.images:
         return _with_images(line, model)
     spans: Mapping[str, tuple[Range, ...]]
@@ -233,6 +236,7 @@ def _prompt(line: Line, model: "Model") -> Prompt:
         assert line.text is not None
         tokens, spans = _tokenised(line, line.text, model)
     _inside(tokens, line.place, model, "the prompt")
+    check_placeholders(tokens, model, line.place)
     answer = tokens_of(line.answer, line.place, model, "the answer")
     if tokens[0] == model.bos_id:
         spans = {"bos": ((0, 1),), **spans}

@@ -1,18 +1,18 @@
 """Attention knockout: some queries may no longer look at some keys.
 
 The keys are hidden before the softmax, so the rest of the row shares the attention; no other part
-of the model is changed. In windows of layers, all heads at once, the effect is the relative change
-of the probability of an answer, (p′ − p) / p, at least −1. Per head it is the change of the metric,
-m(knocked out) − m(clean).
+of the model is changed. Per head the effect is the change of the metric, m(knocked out) − m(clean);
+for all heads of windows of layers see `patching.windows`.
 
-Token groups are names of spans, `last` (the last token), `all`, or `~name`: everything outside the
-span but not the queries themselves, which keep themselves; `others` is every token but the query.
+A token group is the name of a span, `last` (the last token), `all`, or several with commas; with
+`~` before it, every token outside of these. Keys with `~` leave out the queries too, which so keep
+themselves; as keys, `others` is every token but the queries.
 
-Source: Geva et al. 2304.14767, section 5, for the windows; per head, Wang et al. 2211.00593.
+Sources: Geva et al. 2304.14767, section 5; per head, Wang et al. 2211.00593.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from interp.errors import InputError
 from interp.headid import HeadId
 from interp.model import Model
-from interp.prompts import Batch, Prompt, PromptPair
+from interp.prompts import Batch, PromptPair
 from interp.recipe import Edit, Positions, Recipe, Where
 from interp.replay import Replay
 from interp.scores import HeadScores
@@ -34,151 +34,64 @@ from patching.engine import by_layer, prepared, sweep, units_of
 from patching.method import METHODS, Method
 from patching.pairs import Pairs
 
-TARGETS = ("predicted", "answer")
-LAST = Positions(prompt=(-1,))
+
+def _named(group: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether a group is all that lies outside of the names, and the names."""
+    return group.startswith("~"), tuple(dict.fromkeys(group.removeprefix("~").split(",")))
+
+
+def _inside(names: Sequence[str]) -> Positions:
+    if "all" in names:
+        return Positions(prompt="all")
+    last = (-1,) if "last" in names else None
+    return Positions(prompt=last, spans=tuple(n for n in names if n != "last"))
+
+
+def query_positions(group: str) -> Positions:
+    """A token group as positions of a recipe."""
+    outside, names = _named(group)
+    return Positions(prompt="all", exclude=_inside(names)) if outside else _inside(names)
 
 
 def group_positions(keys: str, queries: str) -> Positions:
     """The keys of a knockout as positions of a recipe."""
+    outside, names = _named(queries)
     if keys == "others":
-        keys = f"~{queries}"
-    if keys.startswith("~"):
-        names = [n for n in dict.fromkeys((keys[1:], queries)) if n != "last"]
-        last = (-1,) if "last" in (keys[1:], queries) else None
-        return Positions(prompt="all", exclude=Positions(prompt=last, spans=tuple(names)))
-    return query_positions(keys)
+        return _inside(names) if outside else Positions(prompt="all", exclude=_inside(names))
+    around, mine = _named(keys)
+    if not around:
+        return _inside(mine)
+    if outside:
+        return replace(_inside(names), exclude=_inside(mine))
+    return Positions(prompt="all", exclude=_inside(tuple(dict.fromkeys((*mine, *names)))))
 
 
-def query_positions(name: str) -> Positions:
-    """A token group as positions of a recipe."""
-    if name == "last":
-        return LAST
-    return Positions(prompt="all") if name == "all" else Positions(spans=tuple(name.split(",")))
-
-
-def group_mask(batch: Batch, name: str, queries: str = "last") -> Bool[Tensor, "batch pos"]:
-    """The same token group as columns of a batch.
+def query_mask(batch: Batch, group: str) -> Bool[Tensor, "batch pos"]:
+    """A token group as columns of a batch.
 
     Raises:
         SpanError: a prompt has no such span.
     """
+    outside, names = _named(group)
     mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    if name == "others":
-        name = f"~{queries}"
-    if name.startswith("~"):
-        real = batch.attention_mask.bool()
-        return real & ~group_mask(batch, name[1:]) & ~group_mask(batch, queries)
     for row, (prompt, offset) in enumerate(zip(batch.prompts, batch.offsets, strict=True)):
-        for part in name.split(","):
+        for part in names:
             places = [len(prompt) - 1] if part == "last" else prompt.positions(part)
             mask[row, [offset + i for i in places]] = True
-    return mask
+    return batch.attention_mask.bool() & ~mask if outside else mask
 
 
-@dataclass(frozen=True, eq=False)
-class WindowKnockout:
-    """Relative change of a probability, by window of layers.
-
-    Attributes:
-        layers: layer at the centre of each window.
-        per_example: [example, layer] (p′ − p) / p.
-        probability: [example] p, without knockout.
-        examples: ids.
-        queries, keys, window: what was asked for.
-    """
-
-    layers: tuple[int, ...]
-    per_example: Float[np.ndarray, "example layer"]
-    probability: Float[np.ndarray, " example"]
-    examples: tuple[str, ...]
-    queries: str
-    keys: str
-    window: int
-
-    @property
-    def values(self) -> Float[np.ndarray, " layer"]:
-        """Mean over examples."""
-        return np.asarray(self.per_example.mean(0))
-
-
-@torch.no_grad()
-def window_knockout(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    queries: str = "last",
-    keys: str = "others",
-    window: int = 9,
-    target: str = "predicted",
-    heads: Iterable[HeadId | str] | None = None,
-    batch_size: int = 8,
-    tower: str = "text",
-    progress: Callable[[int, int], None] | None = None,
-) -> WindowKnockout:
-    """Knock attention out in a window of layers around each layer.
-
-    Args:
-        model: the model.
-        prompts: prompts with the spans that are named.
-        queries: token group that may no longer look.
-        keys: token group that is hidden from it.
-        window: number of layers; around layer l those from l − window // 2 on.
-        target: `predicted` (the token the model itself predicts) or `answer`.
-        heads: only these heads; all of the layers if None.
-        batch_size: prompts at a time.
-        tower: tower of the heads.
-        progress: called with layers done and layers in all.
+def group_mask(batch: Batch, keys: str, queries: str) -> Bool[Tensor, "batch pos"]:
+    """The keys of a knockout as columns of a batch.
 
     Raises:
-        InputError: no prompts, an unknown target, a window below 1, a row left without keys, or a
-            target without probability.
         SpanError: a prompt has no such span.
     """
-    if not prompts or window < 1:
-        raise InputError(f"prompts and a window of at least 1 are needed; got {window}")
-    if target not in TARGETS:
-        raise InputError(f"target must be predicted or answer; got {target!r}")
-    if target == "answer" and any(not p.answer for p in prompts):
-        raise InputError("target 'answer' needs prompts with answers")
-    units, _ = units_of(model, tower, "z", heads)
-    layers = tuple(x.index for x in model.tower(tower).layers)
-    where_q, where_k = query_positions(queries), group_positions(keys, queries)
-    out = np.zeros((len(prompts), len(layers)))
-    before = np.zeros(len(prompts))
-    for column, layer in enumerate(layers):
-        first = layer - window // 2
-        chosen = [h for h in units if first <= h.layer < first + window]
-        for at in range(0, len(prompts) if chosen else 0, batch_size):
-            some = list(prompts[at : at + batch_size])
-            batch = model.batch(some, side="left")
-            plain = _probabilities(model, batch)
-            token = plain.argmax(-1)
-            if target == "answer":
-                token = torch.tensor([p.answer[0] for p in some if p.answer], device=plain.device)
-            index = token[:, None]
-            edit = Edit("knockout", Where(heads=tuple(chosen), queries=where_q, keys=where_k))
-            with Recipe((edit,)).on(model, spans=batch):
-                cut = _probabilities(model, batch).gather(-1, index)[:, 0]
-            p = plain.gather(-1, index)[:, 0]
-            if not bool((p > 0).all()):
-                lost = some[int((p == 0).nonzero()[0])].id
-                raise InputError(
-                    f"the target must have a probability above 0 without knockout; in prompt "
-                    f"{lost or '?'} it is 0",
-                    hint="target='predicted' follows the token that the model itself predicts",
-                )
-            out[at : at + len(some), column] = ((cut - p) / p).cpu()
-            before[at : at + len(some)] = p.cpu()
-        if progress is not None:
-            progress(column + 1, len(layers))
-    ids = tuple(p.id or f"prompt-{i}" for i, p in enumerate(prompts))
-    return WindowKnockout(layers, out, before, ids, queries, keys, window)
-
-
-def _probabilities(model: Model, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
-    out = model.forward(batch.inputs())
-    logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return logits[:, -1].double().softmax(-1)
+    rows = query_mask(batch, queries)
+    if keys == "others":
+        return batch.attention_mask.bool() & ~rows
+    mask = query_mask(batch, keys)
+    return mask & ~rows if keys.startswith("~") else mask
 
 
 @torch.no_grad()
@@ -222,7 +135,7 @@ def head_knockout(
         floor = batch.score(base.logits)
         clean[places] = floor.cpu()
         corrupted[places] = batch.score(batch.corrupted.logits).cpu()
-        rows = group_mask(base.batch, queries)
+        rows = query_mask(base.batch, queries)
         hidden = group_mask(base.batch, keys, queries)
         start = int(rows.any(0).nonzero()[0])
         for layer, members in by_layer(model, units):
@@ -290,8 +203,8 @@ class Knockout(Method):
     """Exact effect of hiding keys from queries in each head.
 
     Attributes:
-        queries: `last`, a span, or several separated by commas.
-        keys: likewise, or `~span`, or `others`.
+        queries: token group that may no longer look; see the module's docstring.
+        keys: token group that is hidden from it, or `others`.
     """
 
     queries: str = "last"

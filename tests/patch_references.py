@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -108,7 +109,49 @@ def ref_agnostic(detector, prompt):
     return place, null, {"content": content}
 
 
+@torch.no_grad()
+def classes(prompt, pruned=None):
+    """Class distribution, and the class token after the last block; float64, one image alone."""
+    hf, left = copy.deepcopy(random_vit().hf).double(), []
+    for i, layer in enumerate(hf.vit.layers):
+        if pruned is not None and pruned[0] == i:
+            size = hf.config.hidden_size // hf.config.num_attention_heads
+            columns = slice(pruned[1] * size, (pruned[1] + 1) * size)
+            layer.attention.o_proj.weight[:, columns] = 0
+        layer.register_forward_hook(lambda m, a, out: left.append(out))
+    logits = hf(pixel_values=prompt.inputs["pixel_values"].double()).logits[0]
+    last = left[-1] if isinstance(left[-1], torch.Tensor) else left[-1][0]
+    return logits.softmax(-1).numpy(), last[0, 0].numpy()
+
+
+def ref_pruning(detector, prompt):
+    p, r = classes(prompt)
+    y = prompt.answer[0] if prompt.answer else int(np.argmax(p))
+    jsd, prob, moved = (np.zeros((3, 4)) for _ in range(3))
+    for at in np.ndindex(3, 4):
+        q, s = classes(prompt, at)
+        for a, b in zip(p, q, strict=True):
+            m = (a + b) / 2
+            jsd[at] += (a * math.log2(a / m) + b * math.log2(b / m)) / 2
+        prob[at] = p[y] - q[y]
+        moved[at] = np.linalg.norm(r - s) / (np.linalg.norm(r) + np.linalg.norm(s))
+    score = jsd if detector.measure == "jsd" else prob
+    null = np.array([[np.mean([row[j] for j in range(4) if j != i]) for i in range(4)]
+                     for row in score])  # fmt: skip
+    return score, null, {"jsd": jsd, "prob": prob, "class": moved}
+
+
+def answered():
+    """Images of noise, two of them with a class that is not the predicted one."""
+    listed = images()
+    for i in (0, 2):
+        wrong = int(np.argmin(classes(listed[i])[0]))
+        listed[i] = replace(listed[i], answer=(wrong,))
+    return listed
+
+
 REFERENCES = {
+    "pruning-importance": (ref_pruning, answered, [{}, {"measure": "prob"}]),
     "distance-profile": (ref_distance, images, [{}, {"nearest": 1, "farthest": 2}]),
     "content-agnostic": (ref_agnostic, images, [{}]),
 }

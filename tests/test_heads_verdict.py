@@ -8,15 +8,17 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from images_kit import case, ramp
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import heads.verdict_lab
-from heads.outcome import Outcome, outcome, with_targets
+from heads.outcome import Performance, outcome, with_targets
 from heads.scoring import score
 from heads.verdict_lab import Lab
 from heads.verdict_result import Effect, Verdict, number
@@ -24,6 +26,7 @@ from heads.verdicts import CAUSAL, CORRELATED, NONE, REDUNDANT, verdict
 from interp import load
 from interp.errors import HeadIdError, InputError, ModelError, RunError, UnknownNameError
 from interp.headid import HeadId
+from interp.images import image_prompt
 from interp.prompts import Prompt
 from interp.scores import HeadScores
 from interp.tasks import make_task
@@ -375,7 +378,7 @@ def made_up(monkeypatch, llama):
             gone = {h for e in (recipe.edits if recipe else ()) for h in e.where.heads}
             calls.append(frozenset(gone))
             value = log_prob(gone) + jitter * len(gone) + wobble * rng.standard_normal(n)
-            return Outcome(np.zeros(n) + value, np.ones(n))
+            return Performance(np.zeros(n) + value, np.ones(n))
 
         monkeypatch.setattr(heads.verdict_lab, "outcome", fake)
         found = verdict(
@@ -695,3 +698,52 @@ def test_as_harmful_counts_ties_and_the_interval_is_of_the_difference():
     lo, hi = e.difference_interval
     assert lo == pytest.approx(1 / 6) and hi == pytest.approx(1 / 6)
     assert e.interval[0] < -2 < e.interval[1] and not e.matched
+
+
+def shown(answer=None):
+    model = case("llava").model
+    return image_prompt(model, "what is this red thing ?", ramp(40, 40), id="shown", answer=answer)
+
+
+def test_the_tokens_of_an_image_are_never_predicted():
+    model = case("llava").model
+    # Whatever else the span holds.
+    for target in ("all", "image", "image-0"):
+        with pytest.raises(InputError, match=f"no answer, and its span '{target}' holds") as caught:
+            with_targets([shown()], target)
+        assert caught.value.hint and "answer" in caught.value.hint
+    with pytest.raises(InputError, match="prompt shown has no answer"):
+        verdict(model, prompts=[shown()], detector="sink")
+    # Where images are tokens of their own, they are predicted like any other.
+    [planted] = make_task("shapes").prompts(load("zoo:planted-vlm"), 1)
+    bare = replace(planted, answer=None)
+    [made] = with_targets([bare], "image")
+    assert made.positions("tokens to predict") == bare.positions("image")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("answer", [None, "a cat"])
+def test_text_beside_an_image_is_predicted_as_by_hand(answer):
+    model = case("llava").model
+    prompt = shown(answer)
+    prompt = replace(prompt, spans={**prompt.spans, "words": ((len(prompt) - 3, len(prompt)),)})
+    assert set(prompt.positions("words")).isdisjoint(prompt.positions("image"))
+    found = outcome(model, with_targets([prompt], "words"))
+    tokens = [*prompt.tokens, *(prompt.answer or ())]
+    n = len(prompt.tokens)
+    places = range(n, len(tokens)) if answer else prompt.positions("words")
+    out = model.hf(
+        input_ids=torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)).long(),
+        pixel_values=prompt.inputs["pixel_values"],
+    )  # fmt: skip
+    logits = out.logits[0].double()
+    want = [float(logits[i - 1].log_softmax(-1)[tokens[i]]) for i in places]
+    assert len(want) > 1 and found.log_prob[0] == pytest.approx(np.mean(want), abs=1e-5)
+
+
+def test_models_that_produce_no_tokens_are_not_asked_for_any():
+    model = load("zoo:shapes-vit", device="cpu")
+    data = with_targets(make_task("shapes").prompts(model, 2), "all")
+    with pytest.raises(InputError, match="reads images alone and produces none") as caught:
+        outcome(model, data)
+    assert "pruning-importance" in (caught.value.hint or "")

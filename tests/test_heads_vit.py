@@ -17,6 +17,8 @@ from heads.content_agnostic import correlation, map_correlation, order_of, shuff
 from heads.detector import make_detector
 from heads.distance_profile import ring_profile
 from heads.pattern_classes import RULES, Steps, pattern_classes
+from heads.pruning_importance import jensen_shannon
+from heads.pruning_importance import others as others_of_layer
 from interp import load
 from interp.engine import read
 from interp.errors import HeadIdError, InputError, UnsupportedModelError
@@ -25,6 +27,7 @@ from interp.images import image_prompt
 from interp.images.patches import PatchMap, grid_patches
 from interp.prompts import Prompt
 from interp.readings import BinMass, Distance, Entropy, Rings, SpanMass
+from interp.recipe import Edit, Recipe, Where
 from interp.tasks import make_task
 from interp.tasks.tiles import draw, painted
 from interp.zoo import ZOO
@@ -595,3 +598,89 @@ def test_the_first_rule_that_holds_names_the_class():
 
 def test_heads_are_named_in_the_vision_tower(planted):
     assert planted.towers["vision"].heads[0] == HeadId(0, 0, "vision") == SELF
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def bits(p, q):
+    """Jensen-Shannon divergence by its entropies."""
+
+    def entropy(x):
+        return -sum(a * math.log2(a) for a in x if a > 0)
+
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+@torch.no_grad()
+def test_without_the_head_that_sees_everything_all_classes_are_alike(planted, nothing):
+    prompts = tiled(planted, 6)
+    found = score(planted, "pruning-importance", prompts)["pruning-importance"]
+    at = found.heads.index(UNIFORM)
+    for prompt in prompts:
+        logits = planted.hf(pixel_values=prompt.inputs["pixel_values"]).logits[0]
+        p = logits.double().softmax(-1).numpy()
+        row = found.examples.index(prompt.id)
+        assert found.per_example[row, at] == pytest.approx(bits(p, np.full(8, 1 / 8)), abs=1e-6)
+        assert found.extras["prob"][row, at] == pytest.approx(p.max() - 1 / 8, abs=1e-6)
+        others = [h for h in found.heads if h.layer == 1 and h != UNIFORM]
+        for head in others:
+            null = found.null_per_example[row, found.heads.index(head)]
+            assert null == pytest.approx(found.per_example[row, at] / 3)
+    assert found.per_example[:, at].min() > 0.01 and set(found.select()) <= {UNIFORM}
+    signed = score(planted, make_detector("pruning-importance", {"measure": "prob"}), prompts)
+    np.testing.assert_array_equal(
+        signed["pruning-importance"].per_example, found.extras["prob"][
+            [found.examples.index(e) for e in signed["pruning-importance"].examples]]
+    )  # fmt: skip
+    faint = score(nothing, "pruning-importance", tiled(nothing, 6))["pruning-importance"]
+    at = faint.heads.index(UNIFORM)
+    assert 0 < faint.values[at] < 1e-4 and not faint.select()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "tower"), [("llava", "vision"), ("llava", "text")])
+def test_heads_of_models_that_read_text_are_pruned_by_the_next_token(name, tower):
+    it = case(name).model
+    prompts = [image_prompt(it, text, ramp(40, 40 + i), id=text)
+               for i, text in enumerate(("what is this ?", "is there a red thing ?"))]  # fmt: skip
+    table = score(it, "pruning-importance", prompts, tower=tower, batch_size=2)
+    found = table["pruning-importance"]
+    assert found.heads == it.towers[tower].heads
+    for prompt in prompts:
+        inputs = it.batch([prompt]).inputs()
+        p = it.forward(inputs).logits[0, -1].double().softmax(-1).numpy()
+        for head in (found.heads[0], found.heads[-1]):
+            with Recipe([Edit("zero", Where(heads=(head,)))]).on(it):
+                q = it.forward(inputs).logits[0, -1].double().softmax(-1).numpy()
+            place = found.examples.index(prompt.id), found.heads.index(head)
+            assert found.per_example[place] == pytest.approx(bits(p, q), abs=1e-7)
+            assert found.extras["prob"][place] == pytest.approx(max(p) - q[p.argmax()], abs=1e-6)
+    assert found.extras["class"].max() > 1e-3 or tower == "vision"
+    assert ((found.extras["class"] >= 0) & (found.extras["class"] <= 1)).all()
+
+
+def test_what_pruning_cannot_tell_is_undefined_or_refused():
+    it = case("llava_next").model
+    prompts = [image_prompt(it, "what is this ?", ramp(101, 67), id="a")]
+    assert len(prompts[0].views["vision"]) > 1
+    found = score(it, "pruning-importance", prompts, tower="vision")["pruning-importance"]
+    assert np.isnan(found.extras["class"]).all() and not np.isnan(found.per_example).any()
+    bare = case("clip_vision").model
+    with pytest.raises(InputError, match="has no logits") as caught:
+        score(bare, "pruning-importance", tiled(bare, 1))
+    assert caught.value.hint
+    with pytest.raises(InputError, match="one of jsd, prob; got 'kl'"):
+        make_detector("pruning-importance", {"measure": "kl"})
+    lone = others_of_layer(torch.tensor([[[1.0, math.nan], [4.0, 2.0]]]))
+    assert lone[0, 0].isnan().all() and lone[0, 1].tolist() == [2.0, 4.0]
+
+
+def test_divergence_in_bits():
+    p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]).double()
+    q = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]]).double()
+    found = jensen_shannon(p, q)
+    assert found[1] == 1 and found[2] == 0  # apart, and equal: to the last bit
+    for a, b, want in zip(p.numpy(), q.numpy(), found.tolist(), strict=True):
+        assert want == pytest.approx(bits(a, b), abs=1e-12)
+    assert torch.equal(found, jensen_shannon(q, p))

@@ -17,6 +17,7 @@ from interp.engine import read
 from interp.errors import InputError, PromptFileError, SpanError, UnsupportedModelError
 from interp.images import image_prompt, open_image, prompt_from_tensors
 from interp.loading import load
+from interp.pairfile import read_pairs
 from interp.promptfile import parse, read_prompts
 from interp.readings import SpanMass
 
@@ -252,11 +253,11 @@ def test_models_that_cannot_are_named():
     with pytest.raises(InputError, match="need a processor"):
         image_prompt(blind, "a", small())
     eye = {**kit.EYE, "image_size": 28, "patch_size": 4}
-    other = load(tf.BeitModel(tf.BeitConfig(**eye)), processor=case("vit").model.processor)
-    with pytest.raises(UnsupportedModelError, match=r"'beit' .* known: .*llava.*qwen2_vl"):
+    other = load(tf.ViTMAEModel(tf.ViTMAEConfig(**eye)), processor=case("vit").model.processor)
+    with pytest.raises(UnsupportedModelError, match=r"'vit_mae' .* known: .*llava.*qwen2_vl"):
         image_prompt(other, None, small())
     config = tf.LlavaConfig(
-        vision_config=tf.BeitConfig(**eye), text_config=tf.LlamaConfig(**kit.TEXT),
+        vision_config=tf.ViTMAEConfig(**eye), text_config=tf.LlamaConfig(**kit.TEXT),
         image_token_id=kit.mark("<image>"),
     )  # fmt: skip
     odd = case("llava").model
@@ -264,7 +265,7 @@ def test_models_that_cannot_are_named():
     kept = odd.hf.config
     try:
         odd.hf.config = config
-        with pytest.raises(UnsupportedModelError, match="tower of type 'beit'"):
+        with pytest.raises(UnsupportedModelError, match="tower of type 'vit_mae'"):
             image_prompt(odd, "a", small())
     finally:
         odd.hf.config = kept
@@ -458,14 +459,49 @@ def test_images_alone_from_a_file(tmp_path):
             "line 1: box 'x': .* 50 x",
         ),
         ({"image": "a.png", "text": "<image> <image>"}, "line 1: .* got 2 for 1 images"),
-        ({"image": "a.png"}, "line 1: a text must not be empty"),
+        ({"image": "a.png"}, "line 1: .* reads a text with its images; got none"),
+        ({"images": ["a.png", "a.png"], "text": "<image> a"}, "line 1: .* got 1 for 2 images"),
+        ({"text": "a <image> <image>"}, "line 1: every placeholder .* got 2 placeholders and no"),
+        ({"tokens": [5, "mark", 5]}, "line 1: every placeholder .* got 1 placeholders and no"),
         ({"image": "a.png", "txt": "a"}, "no key 'txt'"),
     ],
 )
 def test_lines_with_images_that_are_wrong(tmp_path, line, said):
+    model = case("llava").model
+    if "mark" in line.get("tokens", ()):
+        line = {"tokens": [model.config.image_token_id if t == "mark" else t
+                           for t in line["tokens"]]}  # fmt: skip
     with pytest.raises(PromptFileError, match=said) as caught:
-        read_prompts(written(tmp_path, line), case("llava").model)
+        read_prompts(written(tmp_path, line), model)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_a_pair_without_the_image_of_its_placeholder_is_refused(tmp_path, name):
+    model = case(name).model
+    mark = model.config.image_token_id
+    assert mark is not None
+    good, bad = {"tokens": [5, 6, 5]}, {"tokens": [5, mark, 5]}
+    path = written(tmp_path, {"clean": good, "corrupted": bad})
+    with pytest.raises(PromptFileError, match="line 1, corrupted: every placeholder") as caught:
+        read_pairs(path, model)
+    assert '"image"' in (caught.value.hint or "")
+    [pair] = read_pairs(written(tmp_path, {"clean": good, "corrupted": good}), model)
+    assert pair.clean.tokens == (5, 6, 5)
+
+
+@pytest.mark.parametrize("line", [{"text": "a cat"}, {"tokens": [1, 2]}])
+def test_a_model_of_images_alone_is_given_nothing_else(tmp_path, line):
+    with pytest.raises(PromptFileError, match=r"line 1: .* reads images alone; got a prompt") as e:
+        read_prompts(written(tmp_path, line), case("vit").model)
+    assert "--image" in (e.value.hint or "")
+
+
+def test_models_without_images_have_no_placeholders(tmp_path):
+    model = load("zoo:planted-retrieval")
+    every = {"tokens": list(range(model.vocabulary))[:200]}
+    [prompt] = read_prompts(written(tmp_path, every), model)
+    assert len(prompt) == len(every["tokens"])
 
 
 def test_lines_are_parsed_without_opening_images():

@@ -14,9 +14,11 @@ from interp.promptfile import Line, parse, read_file, read_prompts, to_prompts
 
 
 class Stub:
-    """What `to_prompts` asks of a model: a tokenizer, its size, its first token."""
+    """What `to_prompts` asks of a model: a tokenizer, its size, its first token; no images."""
 
     name = "stub"
+    reads_tokens = True
+    config = None
     vocabulary = 300
     bos_id: int | None = 1
 

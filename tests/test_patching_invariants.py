@@ -29,10 +29,11 @@ from patching.atp import AttributionPatching
 from patching.circuit import circuit_curve
 from patching.composition import composition_scores
 from patching.direct import direct_effects, logit_attribution
-from patching.knockout import head_knockout, window_knockout
+from patching.knockout import head_knockout
 from patching.path import Receiver, path_effects
 from patching.prune import joint_effects
 from patching.repair import self_repair
+from patching.windows import window_knockout
 
 _ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _BERT = {

@@ -1,6 +1,8 @@
 """Sets of heads: importance, pruning, knockout, circuits, repair."""
 
+import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,15 @@ from interp.headid import HeadId
 from interp.model import Model
 from interp.prompts import PromptPair
 from interp.recipe import Edit, Positions, Recipe, Where
+from interp.stats import bootstrap_interval
 from interp.zoo.planted_ioi import ioi_pairs
 from patching import Pairs, head_effects, make_method
 from patching.circuit import HeadSet, circuit_curve, circuit_sizes, ranked, top_heads
 from patching.importance import head_importance
-from patching.knockout import head_knockout, window_knockout
+from patching.knockout import head_knockout
 from patching.prune import greedy_prune, joint_effects, leave_one_out
 from patching.repair import force_attention, self_repair
+from patching.windows import knockout_curves, window_knockout
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,18 +163,36 @@ def test_importance_normalised_and_saturated(toy: Model) -> None:
     "kind", ["gpt2", "llama", "llama-eager", "mistral", "gemma2", "gptj", "bloom"]
 )
 @pytest.mark.parametrize(
-    ("queries", "keys"), [("last", "early"), ("late", "others"), ("last", "~early")]
+    ("queries", "keys"),
+    [
+        ("last", "early"),
+        ("late", "others"),
+        ("last", "~early"),
+        ("last", "~bos,early"),
+        ("~bos,last", "early"),
+        ("~early,bos", "others"),
+        ("~bos,early,last", "~early"),
+    ],
 )
 def test_head_knockout_equals_recipes(kind: str, queries: str, keys: str) -> None:
-    model, pairs = tiny(kind), random_pairs(2)
+    model = tiny(kind)
+    pairs = [
+        PromptPair(*(replace(p, spans={**p.spans, "bos": ((0, 1),)})
+                     for p in (pair.clean, pair.corrupted)))
+        for pair in random_pairs(2)
+    ]  # fmt: skip
     scores = head_knockout(model, pairs, queries=queries, keys=keys)
     _, batch = next(Pairs(model, pairs).batches())
     floor = batch.score(batch.clean.logits)
-    rows = {"last": (9,), "late": (8, 9)}[queries]
+    rows = {
+        "last": (9,), "late": (8, 9), "~bos,last": tuple(range(1, 9)),
+        "~early,bos": tuple(range(3, 10)), "~bos,early,last": tuple(range(3, 9)),
+    }[queries]  # fmt: skip
     hidden = {
         "early": (1, 2),
         "others": tuple(i for i in range(10) if i not in rows),
-        "~early": tuple(i for i in range(10) if i not in (1, 2, 9)),
+        "~early": (0, 9) if queries.startswith("~") else (0, *range(3, 9)),
+        "~bos,early": tuple(range(3, 9)),
     }[keys]
     where = {"queries": Positions(prompt=rows), "keys": Positions(prompt=hidden)}
     for j, head in list(enumerate(scores.heads))[::3]:
@@ -178,8 +200,18 @@ def test_head_knockout_equals_recipes(kind: str, queries: str, keys: str) -> Non
             logits = model.forward(batch.clean.batch.inputs()).logits[:, -1]
         want = (batch.score(logits) - floor).numpy()
         np.testing.assert_allclose(scores.per_example[:, j], want, atol=3e-4)
+    prompts = [p.clean for p in pairs]
+    found = window_knockout(model, prompts, queries=queries, keys=keys, window=1, target="answer")
+    plain = batch.clean.logits.double().softmax(-1)
+    answers = torch.tensor([[p.answer[0]] for p in prompts if p.answer])
+    for layer in found.layers:
+        heads = [HeadId(layer, h) for h in range(4)]
+        with Recipe([Edit("knockout", Where(heads=heads, **where))]).on(model):
+            cut = model.forward(batch.clean.batch.inputs()).logits[:, -1].double().softmax(-1)
+        change = (cut / plain).gather(1, answers)[:, 0] - 1
+        np.testing.assert_allclose(found.per_example[:, layer], change, atol=3e-4)
     # The last query of the sliding window never sees the early keys.
-    unseen = kind == "mistral" and keys == "early"
+    unseen = kind == "mistral" and (queries, keys) == ("last", "early")
     assert (np.abs(scores.values).max() > 1e-3) != unseen
 
 
@@ -219,6 +251,51 @@ def test_window_knockout(toy: Model) -> None:
     two = window_knockout(toy, prompts, keys="io", window=2)  # layers l - 1 and l
     np.testing.assert_allclose(two.values[2], found.values[2], atol=1e-5)
     assert abs(two.values[3]) > 0.05 and abs(two.values[1]) < 1e-4
+
+
+def test_window_curves(toy: Model) -> None:
+    prompts = [p.clean for p in ioi_pairs(5)]
+    seen: list[tuple[int, int]] = []
+    one = window_knockout(
+        toy, prompts, keys="io", window=1, batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(i + 1, 12) for i in range(12)]
+    lo, hi = one.interval
+    want = bootstrap_interval(one.per_example)
+    assert np.array_equal([lo, hi], want) and (lo <= one.values).all() and lo[2] < hi[2]
+    rows = one.rows()
+    assert [r["layer"] for r in rows] == [0, 1, 2, 3] and len(one.to_frame()) == 4
+    assert rows[2] == {
+        "queries": "last", "keys": "io", "window": 1, "layer": 2, "change": one.values[2],
+        "ci_lo": lo[2], "ci_hi": hi[2], "n": 5,
+    }  # fmt: skip
+    (band, line) = one.plot().data
+    assert line.name == "io → last" and np.array_equal(line.y, one.values)
+    assert list(band.x) == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert np.array_equal(band.y, [*hi, *lo[::-1]])
+    single = window_knockout(toy, prompts[:1], keys="s1", window=2)
+    figure = knockout_curves({"io": one, "one prompt": single})
+    assert [t.name for t in figure.data if t.showlegend] == ["io", "one prompt"]
+    assert len(figure.data) == 3 and "windows of 1, 2 layers" in figure.layout.title.text
+    with pytest.raises(InputError, match="at least one result"):
+        knockout_curves({})
+
+
+def test_an_image_that_only_the_second_layer_reads_is_cut_off_there_alone() -> None:
+    """Nothing at all changes where nobody looks, and everything where somebody does."""
+    hf = copy.deepcopy(tiny("llama").hf)
+    with torch.no_grad():  # only layer 1 moves anything between tokens
+        for layer in (0, 2):
+            hf.model.layers[layer].self_attn.v_proj.weight.zero_()
+    model = interp.load(hf)
+    prompts = [p.clean for p in random_pairs(3)]
+    found = window_knockout(model, prompts, keys="early", window=1)
+    assert (found.per_example[:, [0, 2]] == 0).all() and (found.per_example[:, 1] != 0).all()
+    two = window_knockout(model, prompts, keys="early", window=2)
+    assert np.array_equal(two.per_example[:, [1, 2]], found.per_example[:, [1, 1]])
+    upper = window_knockout(model, prompts, keys="early", window=3, heads=["0.1", "2.0"])
+    assert (upper.per_example == 0).all()
 
 
 def test_head_sets(tmp_path: Path) -> None:

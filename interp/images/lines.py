@@ -1,11 +1,15 @@
-"""Images and boxes as a line of a prompt file names them."""
+"""Images and boxes as a line of a prompt file names them, and whether a model reads such a line."""
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.errors import PromptFileError
+
+if TYPE_CHECKING:
+    from interp.model import Model
 
 Box = tuple[float, float, float, float]
 
@@ -79,6 +83,52 @@ def boxes_of(content: Mapping[str, Any], images: int, place: str) -> dict[str, t
         left, top, right, bottom = (float(x) for x in box)
         out[name] = image, (left, top, right, bottom)
     return out
+
+
+def reads_images(model: "Model") -> bool:
+    """Whether a model takes pixels."""
+    return "pixel_values" in inspect.signature(model.hf.forward).parameters
+
+
+def check_read(model: "Model", images: int, *, written: bool, place: str) -> None:
+    """Refuse images without text, or text without images, that a model has no use for.
+
+    Args:
+        model: the model.
+        images: how many images the line has.
+        written: whether it has a text or tokens.
+        place: file and line, for error texts.
+
+    Raises:
+        PromptFileError: the line lacks what the model reads.
+    """
+    if not written and model.reads_tokens and reads_images(model):
+        raise PromptFileError(
+            f"{place}: {model.name} reads a text with its images; got none",
+            hint='{"image": ..., "text": ...} in a JSONL file, or --prompt TEXT with --image',
+        )
+    if not images and not model.reads_tokens:
+        raise PromptFileError(
+            f"{place}: {model.name} reads images alone; got a prompt without any",
+            hint='{"image": ...} in a JSONL file, or --image PATH',
+        )
+
+
+def check_placeholders(tokens: Sequence[int], model: "Model", place: str) -> None:
+    """Refuse a prompt without images that holds the placeholder of one.
+
+    Raises:
+        PromptFileError: the model would read the placeholder as a word.
+    """
+    names = ("image_token_id", "image_token_index")
+    marks = {getattr(model.config, name, None) for name in names} - {None}
+    count = sum(token in marks for token in tokens)
+    if count:
+        raise PromptFileError(
+            f"{place}: every placeholder of an image needs one; got {count} placeholders and no "
+            "image",
+            hint='"image": "a.png" in the line of a JSONL file, or --image PATH',
+        )
 
 
 def _number(value: Any) -> bool:

@@ -39,6 +39,7 @@ UNIFORM, SAME, CLASS, RED = (HeadId(1, h, TOWER) for h in range(4))
 # Sizes of the blocks of u: 4² for the place and 3 · 4² for the colour make |u|² = 64.
 _SIZE = 4.0
 _U = Layout({"here": 1 + N, "colour": 3, "class": 3, "out": 3}).widened(WIDTH // 2)
+_FAINT = 2.0**-8
 _KEY = Layout({"here": 1 + N, "colour": 3}).widened(D_HEAD)
 _VALUE = Layout({"colour": 3}).widened(D_HEAD)
 
@@ -77,7 +78,8 @@ def planted_vit(*, nothing: bool = False) -> ZooModel:
 
     Args:
         nothing: leave out all heads that go by place but not evenly: in their stead stand heads
-            that look for one colour each.
+            that look for one colour each. Nor does any head matter: logits are 2⁻⁸ of what they
+            were.
     """
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -103,7 +105,7 @@ def planted_vit(*, nothing: bool = False) -> ZooModel:
         output = linked(_U, _VALUE, {("out", "colour"): 1.0})
         model.vit.layers[1].attention.o_proj.weight[:, :D_HEAD] = torch.cat([output, -output])
         read = torch.zeros(len(COLOURS), _U.width)
-        read[:, _U["out"]] = codes()
+        read[:, _U["out"]] = codes() * (_FAINT if nothing else 1)
         model.classifier.weight.copy_(torch.cat([read, -read], dim=1))
     return ZooModel(model.train(False), _truth(nothing), None, processor())
 
@@ -181,12 +183,18 @@ def _write(attention: Any, heads: list[Plan]) -> None:
 def _truth(nothing: bool) -> Truth:
     near = frozenset() if nothing else frozenset({SELF, RIGHT, SQUARE})
     fixed = frozenset() if nothing else frozenset({RIGHT, SQUARE, RING})
-    heads = {"distance-profile": near, "content-agnostic": fixed}
+    matters = frozenset() if nothing else frozenset({UNIFORM})
+    heads = {
+        "distance-profile": near, "content-agnostic": fixed, "pruning-importance": matters
+    }  # fmt: skip
     even = _even_share() * N / (1 + N)
     scores = {} if nothing else {
         "distance-profile": {SELF: 1.0, RIGHT: 1.0, SQUARE: 1.0, RING: 0.0, UNIFORM: even,
                              CLASS: 0.0},
         "content-agnostic": dict.fromkeys((SELF, RIGHT, SQUARE, RING), 1.0),
+        "pruning-importance": dict.fromkeys(
+            (SELF, RIGHT, SQUARE, RING, SAME, CLASS, RED), 0.0
+        ),
     }  # fmt: skip
     return Truth(
         heads=heads, scores=scores, task=dict.fromkeys(heads, ("tiles", {})),
@@ -207,5 +215,5 @@ def _default() -> ZooModel:
 
 @ZOO.register("planted-vit-nothing")
 def _nothing() -> ZooModel:
-    """The same without any head that goes by place."""
+    """The same without any head that goes by place, and with faint logits."""
     return planted_vit(nothing=True)
