@@ -1,7 +1,9 @@
 """Where runs lie: the folder of a new one, and the folder that a name means."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,22 @@ from interp.errors import RunError
 BASE = "HEADSCOPE_RUNS"
 """Environment variable that names another place than `runs/`."""
 
+_WITHIN: ContextVar[Path | None] = ContextVar("runs", default=None)
+
+
+@contextlib.contextmanager
+def within(folder: Path) -> Iterator[None]:
+    """Let runs of this thread lie in a folder meanwhile, whatever the environment says."""
+    token = _WITHIN.set(folder)
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
+
 
 def base() -> Path:
     """The folder of all runs."""
-    return Path(os.environ.get(BASE) or "runs")
+    return _WITHIN.get() or Path(os.environ.get(BASE) or "runs")
 
 
 def folder_for(detectors: Iterable[str], model: str, key: Mapping[str, Any]) -> Path:

@@ -86,9 +86,11 @@ def kept(
     import platform
 
     from app.folders import folder_for
+    from app.reporter import opening
     from interp.run import COMPLETE, Run
 
     folder = keeping.out or folder_for(keeping.names, keeping.model, key)
+    opening(folder)
     info = {
         "command": keeping.command, "model": keeping.model, "view": keeping.view, "batches": 1,
         "python": platform.python_version(), **about,

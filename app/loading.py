@@ -2,12 +2,15 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from app.catalog import check
 from app.exits import usage
+from app.reporter import aside
 from interp.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -38,13 +41,18 @@ class Source:
             check("zoo model", self.name.removeprefix(ZOO))
 
     def load(self, *, quiet: bool = False) -> "Model":
-        """The model.
+        """The model; the one in hand where `cached` holds it.
 
         Raises:
             ModelError: it cannot be loaded, or there is no such device.
             UsageError: an option that does not fit.
         """
         self.check()
+        cache = _CACHE.get()
+        load = partial(self._load, quiet=quiet)
+        return load() if cache is None else cache.get(self, load)
+
+    def _load(self, *, quiet: bool) -> "Model":
         with waiting(f"loading {self.name}", quiet=quiet):
             from interp.loading import load
 
@@ -69,10 +77,31 @@ class Source:
                 ) from error
 
 
+class Cache(Protocol):
+    """Models that are held from one command to the next."""
+
+    def get(self, source: Source, load: "Callable[[], Model]") -> "Model":
+        """The model of a source; `load` makes it."""
+        ...
+
+
+_CACHE: ContextVar[Cache | None] = ContextVar("models", default=None)
+
+
+@contextlib.contextmanager
+def cached(cache: Cache) -> Iterator[None]:
+    """Let the commands that this thread runs meanwhile take their models from a cache."""
+    token = _CACHE.set(cache)
+    try:
+        yield
+    finally:
+        _CACHE.reset(token)
+
+
 @contextlib.contextmanager
 def waiting(text: str, *, quiet: bool) -> Iterator[None]:
     """Say on a terminal what is being waited for; whatever libraries print goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with aside():
         if quiet or not sys.stderr.isatty():
             yield
             return

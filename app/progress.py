@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from app.exits import say
+from app.reporter import counted
 
 EVERY = 10.0
 """Seconds between two lines where there is no terminal; a short run prints none."""
@@ -22,7 +23,10 @@ def progress(
         done: tokens of batches that an earlier run has finished; they tell nothing of the speed.
         quiet: show nothing.
     """
-    if quiet:
+    told = counted("tokens", done, total)
+    if told is not None:
+        yield told
+    elif quiet:
         yield lambda now, all: None
     elif sys.stderr.isatty():
         with _bar(total, done) as update:

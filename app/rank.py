@@ -1,8 +1,6 @@
 """`headscope rank`: score every head of a model and rank them."""
 
-import contextlib
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +44,7 @@ class Request:
     seed: int
     tower: str | None
     command: str
+    traces: int = 0
 
 
 def rank(
@@ -81,6 +80,9 @@ def rank(
         list[str] | None,
         typer.Option(help="NAME:KEY=VALUE of a detector or task; may be given often."),
     ] = None,
+    traces: Annotated[
+        int, typer.Option(min=0, help="Keep the attention of the first N prompts; see capture.")
+    ] = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     attn: o.Attn = None,
@@ -113,7 +115,10 @@ def rank(
         seed,
         tower,
         shlex.join(["headscope", *(context.obj or ())]),
+        traces,
     )
+    if traces and not save:
+        raise UsageError("--traces are kept in a run; got --no-save")
     if dry_run:
         from app.estimate import estimate
 
@@ -177,6 +182,8 @@ def _answer(
             scores = _compute(model, planned, run, request, quiet=quiet)
             news = f"saved: {run.folder}"
         _sights(model, planned, request).keep(run, {n: scores[n] for n in request.detectors})
+        if request.traces:
+            _keep_traces(model, planned, run, request, quiet=quiet)
     if not quiet:
         say(news)
     return head_table({name: scores[name] for name in request.detectors}, run=run, top=top)
@@ -197,11 +204,26 @@ def _sights(model: "Model", planned: "Plan", request: Request) -> "Sights":
     return Sights(model, prompts, lines, planned.tower, wanted)
 
 
+def _keep_traces(
+    model: "Model", planned: "Plan", run: "Run", request: Request, *, quiet: bool
+) -> None:
+    from app.capture import keep_traces
+
+    lines = request.lines
+    every = {p.id: p for job in planned.jobs for p in job.prompts}
+    # In the order of the file; batches are in that of lengths.
+    prompts = list(every.values()) if lines is None else [every[line.id] for line in lines]
+    with waiting("keeping traces", quiet=quiet):
+        keep_traces(model, run, prompts, lines, request.traces)
+
+
 def _open(request: Request, planned: "Plan", out: Path | None) -> "Run":
     from app.folders import folder_for
+    from app.reporter import opening
     from interp.run import Run
 
     folder = out or folder_for(request.detectors, request.source.name, planned.key)
+    opening(folder)
     return Run.open_or_create(folder, planned.key, _about(request, planned))
 
 
@@ -224,13 +246,14 @@ def _compute(
     model: "Model", planned: "Plan", run: "Run | None", request: Request, *, quiet: bool
 ) -> "Mapping[str, HeadScores]":
     from app.progress import progress
+    from app.reporter import aside
     from heads.scoring import execute
 
     finished = run.finished if run is not None else frozenset()
     done = sum(job.tokens for job in planned.jobs if job.index in finished)
     try:
         with progress(planned.tokens, done, quiet=quiet) as report:
-            with contextlib.redirect_stdout(sys.stderr):
+            with aside():
                 return execute(model, planned, run=run, seed=request.seed, progress=report)
     except KeyboardInterrupt:
         if run is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from app.exits import say
 from app.progress import EVERY, seconds
+from app.reporter import aside, counted
 
 
 @contextlib.contextmanager
@@ -17,8 +18,11 @@ def steps(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         what: what is counted, such as `heads`.
         quiet: show nothing.
     """
-    with contextlib.redirect_stdout(sys.stderr):
-        if quiet:
+    with aside():
+        told = counted(what)
+        if told is not None:
+            yield told
+        elif quiet:
             yield lambda done, total: None
         elif sys.stderr.isatty():
             with _bar(what) as update:

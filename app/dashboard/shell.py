@@ -44,7 +44,8 @@ def layout(site: Site) -> "Component":
         dcc.Store(id="booted"),
         dcc.Store(id="jobs-data"),
         *(dcc.Store(id=name) for name in FEEDS),
-        *(dcc.Store(id=name) for page in every for name in page.feeds),
+        # Pages may share a feed: it is one store.
+        *(dcc.Store(id=name) for name in dict.fromkeys(f for page in every for f in page.feeds)),
     ]
     nav = html.Nav(
         [html.A(page.title, **{"data-to": page.name}, id=f"nav-{page.name}") for page in every],

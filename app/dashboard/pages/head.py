@@ -6,7 +6,7 @@ import numpy as np
 
 from app.dashboard.modes import MODES, window_of
 from app.dashboard.page import Feed, Page, Site, enter, head_of, told
-from app.dashboard.pages.heads import shown
+from app.dashboard.pages.heads import ROWS, shown
 from app.figures.bars import distance_bars, entropy_line, segment_map
 from app.figures.maps import SCALES, marked, window_figure
 from app.figures.style import said
@@ -297,6 +297,7 @@ enter(
             "head-which": ("run", "prompt", "tower", "layer", "head", "metric"),
             "head-view": ("run", "prompt", "tower", "layer", "head", "q", "k", "mode", "scale",
                           "theme"),
+            "heads-rows": ROWS,
             "head-budget": ("run", "prompt", "tower", "layer", "head", "theme"),
         },
         binds={"head-mode": ("value", "mode"), "head-scale": ("value", "scale")},

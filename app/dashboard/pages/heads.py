@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from dash import Dash
     from dash.development.base_component import Component
 
-FILTERS = ("lo", "hi", "cls")
+ROWS = ("run", "metric", "tower", "lo", "hi", "cls", "thr")
+"""What the ranking depends on; the page of one head goes through it with [ and ]."""
 HEAD = {
     "field": "head", "headerName": "Head", "width": 110, "cellRenderer": "HeadscopeHead",
     "pinned": "left",
@@ -63,7 +64,6 @@ def layout(site: Site) -> "Component":
             html.H1("Heads", id="heads-title"),
             html.Div(id="heads-note"),
             controls,
-            dcc.Store(id="heads-order"),
             html.Div(
                 [
                     html.Div(
@@ -203,7 +203,6 @@ def wire(app: "Dash", site: Site) -> None:
 
     @app.callback(
         Output("heads-table", "rowData"),
-        Output("heads-order", "data"),
         Output("heads-passing", "children"),
         Output("heads-csv", "href"),
         Output("heads-parquet", "href"),
@@ -211,16 +210,14 @@ def wire(app: "Dash", site: Site) -> None:
     )
     def fill(feed: Feed | None) -> Any:
         if not feed or "run" not in feed:
-            return [], [], "", None, None
+            return [], "", None, None
         try:
             found = site.run(feed)
             table = shown(found, feed)
         except InterpError:
-            return [], [], "", None, None
-        listed = rows(table, feed)
+            return [], "", None, None
         at = f"/data/{found.name}/table/{table.detector}"
-        order = [[r["head"], r["score"]] for r in rows(table, {"tower": tower_of(table, feed)})]
-        return listed, order, passing(table, feed), f"{at}.csv", f"{at}.parquet"
+        return rows(table, feed), passing(table, feed), f"{at}.csv", f"{at}.parquet"
 
     @app.callback(
         Output("heads-atlas", "src"),
@@ -250,7 +247,7 @@ def wire(app: "Dash", site: Site) -> None:
         ("clickData", "heads-scatter", "head_clicked"),
         ("figure", "heads-grid", "grid_drawn"),
         ("selectedRows", "heads-table", "rows_chosen"),
-        ("data", "heads-order", "order"),
+        ("rowData", "heads-table", "order"),
         ("data", "heads-metric", "metrics"),
     ):
         app.clientside_callback(
@@ -272,22 +269,35 @@ def tower_of(table: HeadScores, feed: Feed) -> str:
 
 
 def rows(table: HeadScores, feed: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The ranking, filtered: score, interval, null, and how sure its place is."""
+    """The ranking, filtered: score, interval, null, and how sure its place is.
+
+    Numbers have six digits: there are thousands of rows, and a browser shows four.
+    """
     low, high = (_whole(feed.get(name)) for name in ("lo", "hi"))
     tower = feed.get("tower") if feed.get("tower") in table.towers else None
-    place = {str(h): i for i, h in enumerate(table.heads)}
-    percentile, ranks = null_percentile(table), rank_ranges(table)
+    numbers: dict[str, list[Any]] = {
+        n: _short(table.column(n)) for n in ("score", "ci_lo", "ci_hi", "null", "q")
+    }
+    numbers |= {"percentile": null_percentile(table), "ranks": rank_ranges(table)}
+    sign = 1.0 if table.direction == "higher" else -1.0
+    order = np.argsort(-sign * table.values, kind="stable")  # undefined heads come last
     out = []
-    for rank, row in enumerate(table.rows(), 1):
-        if tower is not None and row["tower"] != tower:
+    for rank, i in enumerate(order.tolist(), 1):
+        head, verdict = table.heads[i], str(table.verdict[i])
+        if tower is not None and head.tower != tower:
             continue
-        if (low is not None and row["layer"] < low) or (high is not None and row["layer"] > high):
+        if (low is not None and head.layer < low) or (high is not None and head.layer > high):
             continue
-        if feed.get("cls") and row["verdict"] != feed["cls"]:
+        if feed.get("cls") and verdict != feed["cls"]:
             continue
-        i = place[row["head"]]
-        out.append(row | {"rank": rank, "percentile": percentile[i], "ranks": ranks[i]})
+        row = {name: column[i] for name, column in numbers.items() if column[i] is not None}
+        out.append({"head": str(head), "rank": rank, "n": int(table.n[i]), "verdict": verdict,
+                    **row})  # fmt: skip
     return out
+
+
+def _short(column: np.ndarray) -> list[float | None]:
+    return [None if x != x else float(f"{x:.6g}") for x in column.tolist()]
 
 
 def null_percentile(table: HeadScores) -> list[float | None]:
@@ -302,22 +312,18 @@ def null_percentile(table: HeadScores) -> list[float | None]:
             for v, b in zip(table.values, below, strict=True)]  # fmt: skip
 
 
-def rank_ranges(table: HeadScores) -> list[str]:
+def rank_ranges(table: HeadScores) -> list[str | None]:
     """Places that a head may have, given the intervals of all: those surely above and below."""
     sign = 1.0 if table.direction == "higher" else -1.0
-    low, high = table.ci_lo, table.ci_hi
-    low, high = (low, high) if sign > 0 else (-high, -low)
+    low, high = (table.ci_lo, table.ci_hi) if sign > 0 else (-table.ci_hi, -table.ci_lo)
     known = np.isfinite(low) & np.isfinite(high)
     lows, highs = np.sort(low[known]), np.sort(high[known])
-    out = []
-    for i in range(len(table.heads)):
-        if not known[i]:
-            out.append("")
-            continue
-        above = len(lows) - int(np.searchsorted(lows, high[i], side="right"))
-        below = int(np.searchsorted(highs, low[i], side="left"))
-        out.append(f"{above + 1}–{len(lows) - below}")
-    return out
+    above = len(lows) - np.searchsorted(lows, high, side="right")
+    below = len(lows) - np.searchsorted(highs, low, side="left")
+    return [
+        f"{a + 1}–{b}" if k else None
+        for a, b, k in zip(above.tolist(), below.tolist(), known.tolist(), strict=True)
+    ]
 
 
 def passing(table: HeadScores, feed: Feed) -> str:
@@ -347,7 +353,7 @@ enter(
             "heads-run": ("run", "page"),
             "heads-view": ("run", "metric", "tower", "theme"),
             "heads-points": ("run", "x", "y", "tower", "theme", "basket"),
-            "heads-rows": ("run", "metric", "tower", "lo", "hi", "cls", "thr"),
+            "heads-rows": ROWS,
             "heads-maps": ("run", "prompt", "tower"),
         },
         binds={
