@@ -5,14 +5,24 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test browser check bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headscope rank retrieval --model zoo:needle --top 8
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev browser
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Tests of pages run in a Chromium of the system. On Debian, as root, one is installed; elsewhere
+# they are skipped without one, unless CI is set.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null \
+	|| command -v google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	chromium fonts-dejavu-core >/dev/null; } \
+	|| { echo "no Chromium: tests of pages need one"; [ -z "$$CI" ]; }
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -28,6 +38,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/screening.py
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/sight.py
+	$(BIN)/python benchmarks/dashboard.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
@@ -43,5 +54,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,app]'
 	touch $@

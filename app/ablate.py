@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +18,7 @@ from app.pairwork import PairWork
 from app.steps import steps
 from app.subject import Subject, check_tower, subject
 from app.tables import Format, Part, Table, write
+from app.together import sets_of, together, zeroed
 
 if TYPE_CHECKING:
     from interp.headid import HeadId
@@ -45,6 +45,10 @@ def ablate(
     ] = "zero",
     joint: Annotated[
         bool, typer.Option("--joint", help="All of --heads together, beside random others.")
+    ] = False,
+    each: Annotated[
+        bool,
+        typer.Option("--each", help="With --joint: each of them alone too, and all but each."),
     ] = False,
     controls: a.Controls = 5,
     metric: Annotated[
@@ -73,7 +77,8 @@ def ablate(
 
     Every head alone, or those of --heads; with --joint all of them together. With pairs (a task of
     pairs, or a file of them) the change of --metric, else of the log-probability of the tokens to
-    predict. Negative: it hurts.
+    predict. Negative: it hurts. With --each, each head alone beside its own random heads, and all
+    of them but each.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     given = Given(prompts, prompt or (), image or (), corrupted_image or (), answer, wrong)
@@ -85,6 +90,8 @@ def ablate(
         raise UsageError(f"--reference must be one of {', '.join(_REFERENCES)}; got {reference!r}")
     if joint and not heads:
         raise UsageError("--joint needs --heads, the heads to take away together; got none")
+    if each and not joint:
+        raise UsageError("--each needs --joint; without it every head is taken away alone anyway")
     chosen = parse(heads) if heads else parse(["all"])
     source.check()
     paired = asked.paired
@@ -101,13 +108,17 @@ def ablate(
     if paired:
         work.check()
     if dry_run:
-        from app.counts import AT_MOST, count_ablation
+        from app.counts import AT_MOST, Counted, count_ablation
         from app.outlook import forecast
 
-        count = partial(count_ablation, asked, chosen, 1 + controls if joint else None)
+        def count(model: "Model") -> Counted:
+            sets = sets_of(len(chosen.of(model, tower=tower)), controls, each) if joint else None
+            return count_ablation(asked, chosen, sets, model)
+
+        fewer = "at most: what comes twice is run once" if each else "with padding"
         forecast(
             source, count, "ablate", format=format, quiet=quiet,
-            passes=AT_MOST if paired else "with padding",
+            passes=AT_MOST if paired else fewer,
         )  # fmt: skip
         return
     loaded = source.load(quiet=quiet)
@@ -121,7 +132,7 @@ def ablate(
     if not quiet:
         chosen.say_models(source.name)
     if joint:
-        found = _together(work, keeping, loaded, ids, controls, paired)
+        found = together(work, keeping, loaded, ids, controls=controls, each=each)
         write_sets(found, source.name, format=format, top=top, quiet=quiet)
         return
     found = work.run(keeping, loaded, ids) if paired else _alone(asked, keeping, loaded, ids)
@@ -176,119 +187,6 @@ def _alone(asked: Subject, keeping: Keeping, model: "Model", ids: "list[HeadId]"
 
 def _ids(data: "Sequence[Prompt]") -> tuple[str, ...]:
     return tuple(p.id or f"example-{i}" for i, p in enumerate(data))
-
-
-def zeroed(heads: "Sequence[HeadId]") -> Any:
-    """The recipe that takes heads away."""
-    from interp.recipe import Edit, Recipe, Where
-
-    return Recipe((Edit("zero", Where(heads=tuple(heads))),))
-
-
-def _together(
-    work: PairWork, keeping: Keeping, model: "Model", ids: "list[HeadId]", controls: int,
-    paired: bool,
-) -> Answer:  # fmt: skip
-    asked = work.subject
-    from heads.outcome import with_targets
-
-    pairs = asked.pairs(model) if paired else None
-    prompts, target = ([], "all") if pairs is not None else asked.prompts(model)
-    data = with_targets(prompts, target)
-    key = key_of(
-        model, "ablate.joint", heads=[str(h) for h in ids], controls=controls,
-        settings=dict(work.settings), metric=work.metric,
-        **asked.key(prompts or [p for pair in pairs or () for p in (pair.clean, pair.corrupted)]),
-    )  # fmt: skip
-
-    def compute() -> Answer:
-        sets, note = drawn(model, ids, controls, asked.seed)
-        sets = [ids, *sets]
-        with steps("sets", quiet=keeping.quiet) as report:
-            if pairs is not None:
-                from patching.prune import joint_effects
-
-                found = joint_effects(
-                    model, pairs, sets, reference=work.settings["reference"], metric=work.metric,
-                    batch_size=asked.batch_size, tower=asked.tower or next(iter(model.towers)),
-                )  # fmt: skip
-                columns = [found.per_example[:, i] for i in range(len(sets))]
-                rights: list[float | None] = [None] * len(sets)
-                unit, base = f"change of {found.metric}", float(found.clean.mean())
-            else:
-                from heads.outcome import outcome
-
-                bare = outcome(model, data, batch_size=asked.batch_size)
-                columns, rights = [], []
-                for i, heads in enumerate(sets):
-                    seen = outcome(model, data, zeroed(heads), batch_size=asked.batch_size)
-                    columns.append(seen.log_prob - bare.log_prob)
-                    rights.append(float(seen.correct.mean()))
-                    report(i + 1, len(sets))
-                unit, base = "change of log-probability (nats)", float(bare.log_prob.mean())
-        rows = _set_rows(sets, columns, rights)
-        facts = {"rows": rows, "unit": unit, "base": base, "notes": [note] if note else []}
-        return Answer({}, facts)
-
-    from app.sights import BOXES, HEADS, Sights
-
-    seen = prompts if pairs is None else [pair.clean for pair in pairs]
-    lines = asked.clean_lines
-    looks = Sights(model, lambda: seen, lines, asked.tower, BOXES, ids[:HEADS])
-    return kept(keeping, key, compute, looks, task=asked.name, seed=asked.seed)
-
-
-def drawn(
-    model: "Model", ids: "Sequence[HeadId]", controls: int, seed: int
-) -> "tuple[list[list[HeadId]], str]":
-    """Random other heads, as many in each layer where there are, and a note if there are not."""
-    import random
-
-    from interp.errors import InputError
-    from interp.recipe.control import draw_matched
-
-    sets: list[list[HeadId]] = []
-    note = ""
-    for i in range(controls):
-        rng = random.Random(f"{seed}/{i}")
-        try:
-            sets.append(list(draw_matched(model, ids, rng=rng).values()))
-        except InputError:
-            free = [h for h in model.tower(ids[0].tower).heads if h not in set(ids)]
-            if len(free) < len(ids):
-                return [], f"no random matched sets: {len(free)} other heads are left"
-            note = "some layers have too few other heads: random sets are drawn from all layers"
-            sets.append(rng.sample(free, len(ids)))
-    return sets, note
-
-
-def _set_rows(
-    sets: "list[list[HeadId]]", columns: list[Any], rights: list[float | None]
-) -> list[dict[str, Any]]:
-    import numpy as np
-
-    from interp.stats import bootstrap_interval, paired_test
-
-    chosen = columns[0]
-    control = np.mean(columns[1:], axis=0) if len(columns) > 1 else None
-    # One-sided: random heads are hurt less, so that their change exceeds that of the chosen.
-    p = None if control is None else float(paired_test(control[:, None], chosen[:, None])[0])
-    named = [("chosen", columns[0], " ".join(map(str, sets[0])), rights[0], p)]
-    if control is not None:
-        known = [r for r in rights[1:] if r is not None]
-        right = float(np.mean(known)) if known else None
-        named.append(("random, mean", control, "", right, None))
-    for i, (heads, values) in enumerate(zip(sets[1:], columns[1:], strict=True), 1):
-        named.append((f"random {i}", values, " ".join(map(str, heads)), rights[i], None))
-    rows = []
-    for name, values, heads_text, right, value in named:
-        lo, hi = bootstrap_interval(values[:, None])
-        rows.append({
-            "set": name, "heads": heads_text, "effect": float(values.mean()),
-            "ci_lo": float(lo[0]), "ci_hi": float(hi[0]), "n": len(values), "accuracy": right,
-            "p": value,
-        })  # fmt: skip
-    return rows
 
 
 def write_sets(answer: Answer, model: str, *, format: Format, top: int | None, quiet: bool) -> None:

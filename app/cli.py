@@ -14,13 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from app.ablate import ablate
+from app.capture import capture
 from app.exits import INTERRUPTED, USAGE, code_of, explain, say
+from app.exporting import export
+from app.importing import import_
 from app.lists import listing
 from app.medic import doctor
 from app.patch import attribute, patch
 from app.probe import probe
 from app.rank import rank
 from app.saved import compare, show
+from app.serve import serve
 from app.steer import run as steer_run
 from app.steer import sweep as steer_sweep
 from app.steer_files import bake as steer_bake
@@ -55,8 +59,12 @@ for _name, _command in (
 ):  # fmt: skip
     steer.command(_name)(_command)
 app.add_typer(steer, name="steer")
+app.command("capture")(capture)
 app.command("show")(show)
 app.command("compare")(compare)
+app.command("export")(export)
+app.command("import")(import_)
+app.command("serve")(serve)
 app.command("list")(listing)
 app.command("doctor")(doctor)
 

@@ -16,6 +16,7 @@ from app.headset import parse
 from app.keep import Keeping
 from app.loading import Source
 from app.pairwork import PairWork
+from app.positionwork import check_positions, count_positions, run_positions, write_positions
 from app.subject import Subject, check_tower, subject
 from app.tables import Format
 from app.windows import Cut, asked_cut, count_cut, cut_off, write_cut
@@ -59,6 +60,10 @@ def patch(
         list[str] | None,
         typer.Option(help="With --window: tokens hidden from these, likewise; may be given often."),
     ] = None,
+    positions: Annotated[
+        bool,
+        typer.Option("--positions", help="Patch heads, and whole layers, at single positions too."),
+    ] = False,
     top: o.Top = None,
     out: a.Out = None,
     save: a.Save = True,
@@ -83,6 +88,9 @@ def patch(
     The effect is the change of the metric in the patched run; `recovered` is its share of the
     difference between the two runs. Pairs come from a task, or from a file of your own.
 
+    With --positions, the answer is what each head does at each token, and what all heads of a layer
+    do; the table of heads is kept beside it.
+
     With --window, prompts need no pairs: attention from --queries to --keys is cut off in all heads
     of the layers around each layer, and the probability of the answer changes.
     """
@@ -90,6 +98,8 @@ def patch(
         raise UsageError(f"--site must be one of {', '.join(_SITES)}; got {site!r}")
     if direction not in _DIRECTIONS:
         raise UsageError(f"--direction must be noise or denoise; got {direction!r}")
+    if positions:
+        check_positions(site, window)
     given_too = {
         "--site": site != "z", "--direction": direction != "noise",
         "--metric": metric != "logit-difference",
@@ -121,7 +131,10 @@ def patch(
     work = PairWork(source, asked, chosen, "patch", metric, {"site": site, "direction": direction})
     made = work.check()
     if dry_run:
-        _dry(work, made, format=format, quiet=quiet)
+        if positions:
+            _dry_positions(work, format=format, quiet=quiet)
+        else:
+            _dry(work, made, format=format, quiet=quiet)
         return
     loaded = source.load(quiet=quiet)
     check_tower(loaded, tower)
@@ -130,9 +143,16 @@ def patch(
     if chosen is not None and not quiet:
         chosen.say_models(source.name)
     keeping = Keeping(
-        save, out, [f"patch.{direction}"], source.name,
-        shlex.join(["headscope", *(context.obj or ())]), quiet, "patch",
+        save, out, [f"patch.{direction}", *(["positions"] if positions else [])], source.name,
+        shlex.join(["headscope", *(context.obj or ())]), quiet,
+        "positions" if positions else "patch",
     )  # fmt: skip
+    if positions:
+        told, sweep = run_positions(work, keeping, loaded, ids)
+        write_positions(
+            told, source.name, format=format, top=top, quiet=quiet, sweep=sweep
+        )  # fmt: skip
+        return
     found = work.run(keeping, loaded, ids)
     write_effects(found, schema="headscope.patch", format=format, top=top, quiet=quiet)
 
@@ -147,6 +167,16 @@ def _dry(work: PairWork, method: "Method", *, format: Format, quiet: bool) -> No
 
     forecast(
         work.source, partial(count_method, work.subject, method, work.heads), work.method,
+        format=format, quiet=quiet, passes=AT_MOST,
+    )  # fmt: skip
+
+
+def _dry_positions(work: PairWork, *, format: Format, quiet: bool) -> None:
+    from app.counts import AT_MOST
+    from app.outlook import forecast
+
+    forecast(
+        work.source, partial(count_positions, work.subject, work.heads), "patch --positions",
         format=format, quiet=quiet, passes=AT_MOST,
     )  # fmt: skip
 

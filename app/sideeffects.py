@@ -22,6 +22,7 @@ from torch import Tensor
 from app.steering import examples_of
 from interp.errors import InputError, SpanError
 from interp.prompts import Prompt
+from interp.stats import bootstrap_interval
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -198,10 +199,13 @@ def report(
 
 
 def _row(name: str, values: np.ndarray) -> dict[str, Any]:
+    """A measure; its interval is that of the change, over examples."""
     mean = values.mean(1)
+    low, high = bootstrap_interval((values[1] - values[0])[:, None])
     return {
         "measure": name, "without": float(mean[0]), "with": float(mean[1]),
         "change": float(mean[1] - mean[0]),
         "control_change": float(mean[2:].mean() - mean[0]) if len(mean) > 2 else None,
-        "n": values.shape[1],
+        "n": values.shape[1], "ci_lo": float(low[0]), "ci_hi": float(high[0]),
+        "control_changes": (mean[2:] - mean[0]).tolist(),
     }  # fmt: skip

@@ -190,8 +190,23 @@ def _answer(found: "Verdict", model: "Model", op: str) -> Answer:
         "message": found.message,
         "note": found.note,
         "params": dict(found.params),
+        "draws": _draws(found),
     }
     return Answer(tables, facts)
+
+
+def _draws(found: "Verdict") -> dict[str, list[dict[str, Any]]]:
+    """The random heads beside each row of the verdict, and what ablating them did."""
+    effects = {str(h.head): h.effect for h in found.heads}
+    if found.joint is not None:
+        effects["all of them"] = found.joint
+    return {
+        name: [
+            {"heads": " ".join(map(str, heads)), "effect": float(change.mean())}
+            for heads, change in zip(e.controls, e.control_per_example, strict=True)
+        ]
+        for name, e in effects.items()
+    }
 
 
 def _effects(found: "Verdict", model: "Model", op: str) -> "HeadScores":

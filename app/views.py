@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from app.ablate import write_sets
 from app.effects import write_effects
 from app.keep import Answer
+from app.positionwork import write_positions
 from app.steered import write_steered, write_sweep
 from app.tables import Format
 from app.verdicts import write_verdict
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
 def show_run(run: "Run", *, format: Format, top: int | None) -> bool:
     """Write a complete run as its command did; returns False for runs that are tables of scores."""
+    if run.info.get("view") == "capture":
+        from app.capture import capture_table
+        from app.tables import write as put
+        from interp.traces.trace import traces_of
+
+        put(
+            capture_table(list(traces_of(run.folder).values()), str(run.info["model"]), run), format
+        )
+        return True
     write = _VIEWS.get(str(run.info.get("view")))
     if write is None or 0 not in run.finished:
         return False
@@ -36,6 +46,7 @@ _VIEWS: Mapping[str, Callable[..., None]] = {
     "verdict": write_verdict,
     "ablate": partial(_effects, schema="headscope.ablate"),
     "sets": write_sets,
+    "positions": write_positions,
     "patch": partial(_effects, schema="headscope.patch"),
     "attribute": partial(_effects, schema="headscope.attribute"),
     "probe": partial(_effects, schema="headscope.probe"),

@@ -5,6 +5,7 @@
   const other = () => (hs.state.metric === "score-1" ? "score-2" : "score-1");
 
   const actions = {
+    grid: () => hs.refresh(["heads-view"]),
     metric: () => hs.select({metric: other()}),
     head: () => {
       const layer = cycle("layer", 1, 30);

@@ -170,8 +170,10 @@ class Bench:
             got = self.page.evaluate("(x) => window.measured(x)", [action, sign])
             if i:  # the first fills caches
                 mine = [e for e in got["entries"] if wanted(e["name"])]
-                server = max((e["server"] for e in mine), default=0.0)
-                size = sum(e["bytes"] for e in mine)
+                # Other callbacks answer at the same time: the view's own answer is the largest.
+                own = max(mine, key=lambda e: float(e["bytes"]), default=None)
+                server = own["server"] if own else 0.0
+                size = own["bytes"] if own else 0.0
                 found.append((size / 1024, server, got["total"] - server))
             self.page.wait_for_timeout(150)
         medians = [statistics.median(column) for column in zip(*found, strict=True)]
@@ -194,7 +196,7 @@ def measure(address: str, key: str, repeats: int) -> list[tuple[Budget, float, f
         for layers, heads in ((12, 12), (80, 64)):
             b.open(f"/r/grid-{layers}x{heads}/heads", "#heads-grid .js-plotly-plot .heatmaplayer")
             b.time(Budget("Head grid, metric switch", f"{layers} × {heads}", 50, 20, 100),
-                   "metric", "plot:heads-grid", dash)  # fmt: skip
+                   "grid", "plot:heads-grid", dash)  # fmt: skip
         b.time(
             Budget("Ranking table", "5,120 heads", 1024, 80, 350),
             "metric",

@@ -85,15 +85,25 @@ class DistanceProfile(ReadingDetector):
         steps = torch.arange(mass.shape[-1], device=mass.device, dtype=mass.dtype)
         counted = (steps >= self.nearest) & (steps <= self.farthest)
         patches = mass.sum(-1).clamp(max=1)
-        even = mass.new_tensor([self._even(rows) for rows in grids(batch, tower.name)])
+        even = mass.new_tensor(self._even_by_layer(batch, tower))
         columns = {
             "distance": (mass @ steps) / patches.masked_fill(patches < 1e-6, math.nan),
             "patches": patches,
         }
-        score, null = (mass * counted).sum(-1).clamp(max=1), patches * even[:, None, None]
+        score, null = (mass * counted).sum(-1).clamp(max=1), patches * even[..., None]
         for values in (score, null, *columns.values()):
             values.masked_fill_(absent, math.nan)
         return Outcome(score, null, columns)
+
+    def _even_by_layer(self, batch: Batch, tower: "Tower") -> list[list[float]]:
+        """[example, layer]: stages of a hierarchical tower have grids of their own."""
+        whole = [self._even(rows) for rows in grids(batch, tower.name)]
+        columns = []
+        for layer in tower.layers:
+            own = f"{tower.name}/{layer.index}"
+            staged = any(own in p.views for p in batch.prompts)
+            columns.append([self._even(x) for x in grids(batch, own)] if staged else whole)
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def _even(self, rows: list[Prompt]) -> float:
         """Share of the grid that counts, the mean over patches; then over an example's images."""

@@ -14,20 +14,23 @@ Each answer says which kernel served which layer. The model's output keeps every
 Towers of one model are read each in its own geometry. A vision tower's positions are those of its
 rows (images, tiles, or all images of a prompt), in the order in which it runs them. One that runs
 all rows as one sequence, and attends once a window, frame or image, is read piece by piece: a key
-of another piece has mass 0, and distances count places of the tower's order.
+of another piece has mass 0, and distances count places of the tower's order. So is one whose layers
+cut rows into windows; its layers may have positions of their own, since stages merge patches.
+Layers that attend over images from the text have the prompt's tokens as queries, and as keys the
+positions of the prompt's view `TOWER/keys`.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from interp.errors import SiteError
-from interp.kernels import gather, sweep
-from interp.kernels.pieces import Pieces, Result
+from interp.kernels.answer import answer as answer
+from interp.kernels.pieces import Pieces
 from interp.kernels.plan import Plan, Side, compile_plan
+from interp.kernels.seen import Seen, check_keys, own_views, whole_view, width_of
 from interp.model import Model
 from interp.prompts import Batch
 from interp.readings import Reading
@@ -82,24 +85,26 @@ class Collector:
         seen = batch.view(tower.name)
         self.batch: Batch = batch if seen is None else seen[0]
         self._owners: tuple[int, ...] | None = None if seen is None else seen[1]
+        self._whole = whole_view(tower, batch, seen)
         self._prompts = batch.prompts
         self._pieces: dict[str, Pieces] = {}
         self.readings = dict(readings)
         self._names = {layer.name: layer for layer in tower.layers}
-        self._plans: dict[tuple[int, int, bool], Plan] = {}
+        self._own = own_views(tower, batch)
         self._found = {name: _Collected() for name in readings}
 
     def columns(self, v: Tensor) -> Tensor | None:
         """Columns for the model's own kernel, if any reading wants some."""
-        if v.shape[0] != len(self.batch):
+        if v.shape[0] != len(self.batch) or self._own or self._whole.cut:
             return None
-        for (_, n_key, _), plan in self._plans.items():
+        for (_, n_key, _), plan in self._whole.plans.items():
             if n_key == v.shape[2]:
                 return plan.appended()
-        if v.shape[2] == self._side(True).width:
+        if v.shape[2] == width_of(self._whole.keys):
             # Which layer this is is not known yet; columns are the same for all of them.
             causal = self.tower.layers[0].causal
-            return self._plan(self._side(False).width, v.shape[2], causal=causal).appended()
+            n_query = width_of(self._whole.queries)
+            return self._plan(self._whole, n_query, v.shape[2], causal=causal).appended()
         return None
 
     def __call__(self, call: AttnCall) -> None:
@@ -107,17 +112,23 @@ class Collector:
         layer = self._names.get(call.name)
         if layer is None:
             return
-        piece = self._is_piece(call)
-        if call.z.shape[0] != len(self.batch) and not piece:
+        seen = self._own.get(layer.name, self._whole)
+        piece = not seen.cut and self._is_piece(call)
+        if not seen.cut and call.z.shape[0] != len(self.batch) and not piece:
             raise SiteError(
                 f"{call.name} attends in {call.z.shape[0]} groups, not once per example; readings "
                 f"of whole prompts do not apply to it"
             )
         if any(layer.name in found.values for found in self._found.values()):
             raise SiteError(f"{call.name} was called twice in one forward; readings need one call")
-        if piece:
+        if seen.cut:
+            assert seen.windows is not None
+            pieces = self._rows(seen, causal=layer.causal)
+            pieces.add_windows(call, seen.windows)
+            results = pieces.results()
+        elif piece:
             if layer.name not in self._pieces:
-                self._pieces[layer.name] = self._rows(causal=layer.causal)
+                self._pieces[layer.name] = self._rows(seen, causal=layer.causal)
             pieces = self._pieces[layer.name]
             pieces.add(call)
             if not pieces.done:
@@ -125,7 +136,9 @@ class Collector:
             results = pieces.results()
             del self._pieces[layer.name]
         else:
-            results = answer(call, self._plan(call.n_query, call.n_key, causal=layer.causal))
+            check_keys(call, seen)
+            plan = self._plan(seen, call.n_query, call.n_key, causal=layer.causal)
+            results = answer(call, plan)
         for name, (values, how, se) in results.items():
             found = self._found[name]
             found.values[layer.name], found.how[layer.name] = values, how
@@ -136,13 +149,14 @@ class Collector:
         """Whether a call holds a part of a row of the tower, or rows one after another."""
         if self._owners is None or call.z.shape[0] != 1 or call.n_query != call.n_key:
             return False
-        return len(self.batch) > 1 or call.n_query < self._side(False).width
+        return len(self.batch) > 1 or call.n_query < width_of(self.batch)
 
-    def _rows(self, *, causal: bool) -> Pieces:
-        """The rows of the tower, of which nothing is read yet."""
-        width = self._side(False).width
-        lengths = [len(p) for p in self.batch.prompts]
-        return Pieces(self._plan(width, width, causal=causal), lengths, self._run_order(), width)
+    def _rows(self, seen: Seen, *, causal: bool) -> Pieces:
+        """The rows of a layer, of which nothing is read yet."""
+        width = width_of(seen.queries)
+        lengths = [len(p) for p in seen.queries.prompts]
+        plan = self._plan(seen, width, width, causal=causal)
+        return Pieces(plan, lengths, self._run_order(), width)
 
     def _run_order(self) -> list[int]:
         """Rows in the order in which a tower runs them as one sequence: images before videos."""
@@ -159,25 +173,45 @@ class Collector:
             runs += given if len(given) == n else (given or [0]) * n
         return sorted(range(len(runs)), key=lambda row: runs[row])
 
-    def _side(self, keys: bool) -> Side:
-        batch = self.batch
-        kind = self.tower.name
-        if batch.decoder is not None and (kind == "text" or (kind == "cross" and not keys)):
-            batch = batch.decoder
-        return Side(batch)
-
-    def _plan(self, n_query: int, n_key: int, *, causal: bool) -> Plan:
+    def _plan(self, seen: Seen, n_query: int, n_key: int, *, causal: bool) -> Plan:
         key = (n_query, n_key, causal)
-        if key not in self._plans:
-            sides = self._side(False).at(n_query), self._side(True).at(n_key)
+        if key not in seen.plans:
+            sides = Side(seen.queries).at(n_query), Side(seen.keys).at(n_key)
             if self._owners is None and self.tower.name.split("-")[0] not in _TOKENS:
                 # As many patches as the prompt has tokens are still no tokens.
                 sides = Side(self.batch, n_query), Side(self.batch, n_key)
-            self._plans[key] = compile_plan(self.readings, *sides, causal=causal)
-        return self._plans[key]
+            seen.plans[key] = compile_plan(self.readings, *sides, causal=causal)
+        return seen.plans[key]
 
     def answers(self) -> dict[str, Answer]:
-        """Everything read so far.
+        """Everything read so far, by example.
+
+        Of an example with several images or tiles, the mean over them; its standard error is the
+        mean of theirs, which is right if all err alike and else too large.
+
+        Raises:
+            SiteError: a layer of the tower was not reached, or not for all images; or an example
+                has several, and a reading gives more than a number a head.
+        """
+        found = self.rows()
+        if self._owners is None or self._owners == tuple(range(len(self._prompts))):
+            return found
+        out = {}
+        for name, by_row in found.items():
+            if by_row.values.dim() > 3 and not self.readings[name].averages:
+                raise SiteError(
+                    f"reading {name!r} gives more than a number a head, and an example has several "
+                    f"images or tiles in tower {self.tower.name!r}",
+                    hint="give prompts with one image each, or use interp.engine.read_rows",
+                )
+            se = by_row.se
+            if se is not None:
+                se = self._mean(se.masked_fill(by_row.values.isnan(), math.nan))
+            out[name] = Answer(self._mean(by_row.values), by_row.how, se)
+        return out
+
+    def rows(self) -> dict[str, Answer]:
+        """Everything read so far, by rows of the tower: values [row, layer, head, …].
 
         Raises:
             SiteError: a layer of the tower was not reached, or not for all images.
@@ -196,27 +230,23 @@ class Collector:
                 )
             order = [layer.name for layer in self.tower.layers]
             out[name] = Answer(
-                self._by_example(_stack([found.values[n] for n in order]), name),
+                _stack([found.values[n] for n in order]),
                 tuple(found.how[n] for n in order),
                 _stack([found.se[n] for n in order]) if found.se else None,
             )
         return out
 
-    def _by_example(self, values: Tensor, name: str) -> Tensor:
-        """Rows of a vision tower as examples: the mean over an example's images and tiles."""
-        if self._owners is None or self._owners == tuple(range(len(self._prompts))):
-            return values
-        if values.dim() > 3 and not self.readings[name].averages:
-            raise SiteError(
-                f"reading {name!r} gives more than a number a head, and an example has several "
-                f"images or tiles in tower {self.tower.name!r}",
-                hint="give prompts with one image each",
-            )
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The example that each row belongs to."""
+        return tuple(range(len(self._prompts))) if self._owners is None else self._owners
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over each example's rows; NaN for an example without any."""
         out = values.new_full((len(self._prompts), *values.shape[1:]), math.nan)
-        for i in sorted(set(self._owners)):
-            out[i] = values[[row for row, owner in enumerate(self._owners) if owner == i]].nanmean(
-                0
-            )
+        for i in sorted(set(self.owners)):
+            mine = [row for row, owner in enumerate(self.owners) if owner == i]
+            out[i] = values[mine].nanmean(0)
         return out
 
 
@@ -242,6 +272,22 @@ def read(
     return answers
 
 
+def read_rows(
+    model: Model, batch: Batch, readings: Mapping[str, Reading], *, tower: str | None = None
+) -> tuple[dict[str, Answer], tuple[int, ...]]:
+    """As `read`, but an answer for every image or tile that is a row of the tower.
+
+    Returns:
+        Name to `Answer`, values [row, layer, head, …] with NaN beyond the last of a row; and the
+        prompt of each row, as `batch.view(tower)` has them.
+    """
+    stack = model.tower(tower) if tower else next(iter(model.towers.values()))
+    collector = Collector(stack, batch, readings)
+    with model.observe(collector, columns=collector.columns):
+        model.forward(_inputs(model, batch))
+    return collector.rows(), collector.owners
+
+
 def read_with_output(
     model: Model, batch: Batch, readings: Mapping[str, Reading], *, tower: str | None = None
 ) -> tuple[dict[str, Answer], object]:
@@ -262,40 +308,6 @@ def _inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     if not model.reads_tokens:
         inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
     return inputs
-
-
-@torch.no_grad()
-def answer(call: AttnCall, plan: Plan) -> dict[str, Result]:
-    """Every reading of a plan for one call: values [example, head, …], kernel, standard error."""
-    out: dict[str, Result] = {}
-    fast, slow = gather.serves(call), sweep.source(call)
-    for name, pairs in plan.pairs.items():
-        if fast:
-            out[name] = gather.pair_mass(call, pairs), "gather", None
-        else:
-            out[name] = sweep.pair_mass(call, pairs), slow, None
-    for name, strip in plan.strips.items():
-        if fast:
-            out[name] = gather.strip_mass(call, strip), "gather", None
-        else:
-            out[name] = sweep.pair_mass(call, strip.pairs), slow, None
-    extra_at = 0
-    for group in plan.groups:
-        width = group.columns.shape[-1] if group.columns is not None else 0
-        extra = None
-        if group.appendable:
-            if call.extra is not None:
-                extra = call.extra[..., extra_at : extra_at + width]
-            extra_at += width
-        if extra is not None:
-            rows = {"columns": extra.transpose(1, 2).to(call.dtype)}
-            out.update(group.reduce(rows, "columns"))
-        else:
-            how = "sampled" if group.sample else slow
-            out.update(group.reduce(sweep.rows(call, group), how))
-    for name, reduce in plan.values.items():
-        out[name] = reduce(call), "z", None
-    return out
 
 
 def _stack(layers: list[Tensor]) -> Tensor:

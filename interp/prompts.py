@@ -222,6 +222,13 @@ def _merged(
                 whole[row, offset : offset + len(p)] = part.reshape(-1)
             out[name] = whole
             continue
+        if name == "cross_attention_mask":  # [1, pos, image, tile]: its second axis is the prompt's
+            import torch
+
+            parts = [
+                torch.nn.functional.pad(x, (0, 0, 0, 0, at, width - at - len(p)))
+                for x, at, p in zip(parts, offsets, prompts, strict=True)
+            ]
         shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
         padded = []
         for x in parts:

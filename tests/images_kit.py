@@ -18,6 +18,8 @@ MARKS = (
     "<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]",
     "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
     "<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<start_of_image>", "<end_of_image>",
+    "<|image|>", "<|python_tag|>", "<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>",
+    "TILE_GLOBAL", *(f"TILE_{i}" for i in range(1, 13)), "<|begin_of_image|>", "<|end_of_image|>",
     "<image_soft_token>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
     *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
 )  # fmt: skip
@@ -242,10 +244,13 @@ def llava_onevision() -> Case:
     return _case(tf.LlavaOnevisionForConditionalGeneration, config, words, processor, "<image>")
 
 
-def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any]) -> Case:
-    config_type, model_type, processor_type = (
-        getattr(tf, f"{name}{x}") for x in ("Config", "ForConditionalGeneration", "Processor")
+def _qwen(
+    name: str, tower: dict[str, Any], text: dict[str, Any], processor_type: Any = None
+) -> Case:
+    config_type, model_type = (
+        getattr(tf, f"{name}{x}") for x in ("Config", "ForConditionalGeneration")
     )
+    processor_type = processor_type or getattr(tf, f"{name}Processor")
     config = config_type(
         vision_config=tower, text_config={**TEXT, **text}, image_token_id=mark("<|image_pad|>"),
         video_token_id=mark("<|video_pad|>"), vision_start_token_id=mark("<|vision_start|>"),
@@ -288,6 +293,98 @@ def qwen3_vl() -> Case:
         "deepstack_visual_indexes": [0],
     }  # fmt: skip
     return _qwen("Qwen3VL", tower, {})
+
+
+def qwen3_5() -> Case:
+    tower = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16, "patch_size": 6, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [],
+    }  # fmt: skip
+    return _qwen("Qwen3_5", tower, _LINEAR, tf.Qwen3VLProcessor)
+
+
+def qwen3_5_moe() -> Case:
+    tower = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16, "patch_size": 6, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [],
+    }  # fmt: skip
+    experts = {
+        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }  # fmt: skip
+    return _qwen("Qwen3_5Moe", tower, {**_LINEAR, **experts}, tf.Qwen3VLProcessor)
+
+
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["full_attention"],
+}  # fmt: skip
+
+
+def exaone4_5() -> Case:
+    tower = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "num_key_value_heads": 2, "out_hidden_size": 16, "patch_size": 6, "window_size": 36,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    text = {"model_type": "exaone4", "layer_types": ["full_attention"], "sliding_window": None}
+    return _qwen("Exaone4_5_", tower, text)
+
+
+def _glm(name: str, text: dict[str, Any]) -> Case:
+    config_type, model_type = (
+        getattr(tf, f"{name}{x}") for x in ("Config", "ForConditionalGeneration")
+    )
+    tower = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "image_size": 24,
+        "out_hidden_size": 16, "patch_size": 6, "spatial_merge_size": 2,
+    }  # fmt: skip
+    rope = {
+        "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    config = config_type(
+        vision_config=tower, text_config={**TEXT, **text, "rope_parameters": rope},
+        image_token_id=mark("<|image|>"), video_token_id=mark("<|video_pad|>"),
+        image_start_token_id=mark("<|begin_of_image|>"),
+        image_end_token_id=mark("<|end_of_image|>"),
+        video_start_token_id=mark("<|vision_start|>"), video_end_token_id=mark("<|vision_end|>"),
+    )  # fmt: skip
+    words = tokenizer(image_token="<|image|>", video_token="<|video_pad|>")
+    images = tf.Glm4vImageProcessorPil(
+        patch_size=6, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 2 * 96 * 96}
+    )
+    processor = object.__new__(tf.Glm4vProcessor)
+    # Its video part needs torchvision; images do not.
+    processor.__dict__ |= {
+        "image_processor": images, "tokenizer": words, "video_processor": None,
+        "chat_template": None, "image_token": "<|image|>", "video_token": "<|video_pad|>",
+        "image_token_id": mark("<|image|>"), "video_token_id": mark("<|video_pad|>"),
+        "video_start_id": mark("<|vision_start|>"), "video_end_id": mark("<|vision_end|>"),
+    }  # fmt: skip
+    return _case(model_type, config, words, processor, "<|image|>")
+
+
+def glm4v() -> Case:
+    return _glm("Glm4v", {"pad_token_id": 3})
+
+
+def glm4v_moe() -> Case:
+    experts = {
+        "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+        "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    return _glm("Glm4vMoe", {"pad_token_id": 3, **experts})
+
+
+def glm46v() -> Case:
+    return _glm("Glm46V", {"pad_token_id": 3})
+
+
+def glm_ocr() -> Case:
+    return _glm("GlmOcr", {"pad_token_id": 3})
 
 
 def paligemma() -> Case:
@@ -350,6 +447,31 @@ def _internvl_processor(images: Any, words: Any) -> Any:
         "multimodal_pattern": re.compile("(?P<image><IMG_CONTEXT>)|(?P<video><video>)"),
     }  # fmt: skip
     return processor
+
+
+def aya_vision() -> Case:
+    tower = tf.SiglipVisionConfig(**EYE, image_size=24, patch_size=4)
+    config = tf.AyaVisionConfig(
+        vision_config=tower, text_config=tf.Cohere2Config(**TEXT), downsample_factor=2,
+        image_token_id=mark("<|IMG_PATCH|>"), vision_feature_layer=-1,
+    )  # fmt: skip
+    images = tf.GotOcr2ImageProcessorPil(
+        size={"height": 24, "width": 24}, max_patches=6, crop_to_patches=True
+    )
+    processor = tf.AyaVisionProcessor(
+        images, tokenizer(), patch_size=4, img_size=24, downsample_factor=2
+    )
+    cls = tf.AyaVisionForConditionalGeneration
+    return _case(cls, config, processor.tokenizer, processor, "<image>")
+
+
+def lighton_ocr() -> Case:
+    tower = tf.PixtralVisionConfig(**EYE, head_dim=8, image_size=48, patch_size=4)
+    config = tf.LightOnOcrConfig(
+        vision_config=tower, text_config=tf.Qwen3Config(**TEXT), image_token_id=mark("[IMG]"),
+        spatial_merge_size=2,
+    )  # fmt: skip
+    return _pixtral(tf.LightOnOcrForConditionalGeneration, config, 2)
 
 
 def idefics3() -> Case:
@@ -418,6 +540,49 @@ def deit() -> Case:
     return _case(tf.DeiTModel, config, None, images, "", decoder="")
 
 
+def vit_msn() -> Case:
+    config = tf.ViTMSNConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.ViTImageProcessorPil(size={"height": 28, "width": 28})
+    return _case(tf.ViTMSNModel, config, None, images, "", decoder="")
+
+
+def ijepa() -> Case:
+    config = tf.IJepaConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.ViTImageProcessorPil(size={"height": 28, "width": 28})
+    return _case(tf.IJepaModel, config, None, images, "", decoder="")
+
+
+def beit() -> Case:
+    config = tf.BeitConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.BeitImageProcessorPil(
+        size={"height": 33, "width": 33}, do_center_crop=True, crop_size={"height": 28, "width": 28}
+    )
+    return _case(tf.BeitModel, config, None, images, "", decoder="")
+
+
+def data2vec_vision() -> Case:
+    config = tf.Data2VecVisionConfig(**EYE, image_size=28, patch_size=4)
+    images = tf.BeitImageProcessorPil(size={"height": 28, "width": 28})
+    return _case(tf.Data2VecVisionModel, config, None, images, "", decoder="")
+
+
+def metaclip_2() -> Case:
+    text = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 100, "eos_token_id": 2,
+    }  # fmt: skip
+    tower = {**EYE, "image_size": 40, "patch_size": 5}
+    config = tf.MetaClip2Config(text_config=text, vision_config=tower, projection_dim=16)
+    words = tokenizer()
+    processor = tf.CLIPProcessor(_clip_images(40), words)
+    return _case(tf.MetaClip2Model, config, words, processor, "", decoder="")
+
+
+def metaclip_2_vision() -> Case:
+    config = tf.MetaClip2VisionConfig(**EYE, image_size=40, patch_size=5, projection_dim=16)
+    return _case(tf.MetaClip2VisionModel, config, None, _clip_images(40), "", decoder="")
+
+
 def dinov2() -> Case:
     config = tf.Dinov2Config(**EYE, mlp_ratio=1, image_size=28, patch_size=4)
     images = tf.BitImageProcessorPil(
@@ -442,6 +607,68 @@ def dinov3_vit() -> Case:
     return _case(tf.DINOv3ViTModel, config, None, images, "", decoder="")
 
 
+def mllama() -> Case:
+    """Tiles of 4 x 4 patches and a class token, filled up from 17 to 24 positions."""
+    tower = tf.MllamaVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_global_layers=1,
+        attention_heads=2, image_size=24, patch_size=6, vision_output_dim=32,
+        intermediate_layers_indices=[0], max_num_tiles=4,
+        supported_aspect_ratios=[
+            [a, b] for a in range(1, 5) for b in range(1, 5) if a * b <= 4
+        ],
+    )  # fmt: skip
+    text = {k: v for k, v in TEXT.items() if k != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    language = tf.MllamaTextConfig(
+        **text | {"num_hidden_layers": 4}, cross_attention_layers=[1, 3], rope_parameters=rope,
+        pad_token_id=3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = tf.MllamaConfig(
+        vision_config=tower, text_config=language, image_token_id=mark("<|image|>")
+    )
+    images = tf.MllamaImageProcessorPil(size={"height": 24, "width": 24}, max_image_tiles=4)
+    processor = tf.MllamaProcessor(images, tokenizer(image_token="<|image|>"))
+    cls = tf.MllamaForConditionalGeneration
+    return _case(cls, config, processor.tokenizer, processor, "<|image|>")
+
+
+def idefics2() -> Case:
+    tower = tf.Idefics2VisionConfig(**EYE, image_size=48, patch_size=4)
+    perceiver = tf.models.idefics2.configuration_idefics2.Idefics2PerceiverConfig(
+        hidden_size=16, resampler_n_latents=5, resampler_depth=2, resampler_n_heads=2,
+        resampler_head_dim=8, num_key_value_heads=1,
+    )  # fmt: skip
+    config = tf.Idefics2Config(
+        vision_config=tower, perceiver_config=perceiver, text_config=tf.MistralConfig(**TEXT),
+        image_token_id=mark("<image>"),
+    )  # fmt: skip
+    images = tf.Idefics2ImageProcessorPil(
+        size={"shortest_edge": 20, "longest_edge": 48}, do_image_splitting=True
+    )
+    processor = tf.Idefics2Processor(images, tokenizer(), image_seq_len=5)
+    cls = tf.Idefics2ForConditionalGeneration
+    return _case(cls, config, processor.tokenizer, processor, "<image>")
+
+
+def _swin(name: str, window: int, side: int) -> Case:
+    config = getattr(tf, f"{name}Config")(
+        image_size=side, patch_size=4, embed_dim=8, depths=[2, 2, 2], num_heads=[1, 2, 4],
+        window_size=window, mlp_ratio=1.0,
+    )  # fmt: skip
+    images = tf.ViTImageProcessorPil(size={"height": side, "width": side})
+    model = getattr(tf, f"{name}ForImageClassification")
+    return _case(model, config, None, images, "", decoder="")
+
+
+def swin() -> Case:
+    """Grids of 14, 7 and 4 patches a side: padding, and a last stage of one window."""
+    return _swin("Swin", 4, 56)
+
+
+def swinv2() -> Case:
+    return _swin("Swinv2", 4, 56)
+
+
 def _case(
     cls: Any, config: Any, words: Any, processor: Any, mark: str,
     *, decoder: str = "model.language_model",
@@ -462,13 +689,17 @@ TEXTUAL = {
     "llava_pixtral": llava_pixtral, "mistral3": mistral3, "llava_next": llava_next,
     "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl, "paligemma": paligemma, "gemma3": gemma3, "internvl": internvl,
-    "idefics3": idefics3, "smolvlm": smolvlm,
+    "idefics3": idefics3, "smolvlm": smolvlm, "qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe,
+    "exaone4_5": exaone4_5, "glm4v": glm4v, "glm4v_moe": glm4v_moe, "glm46v": glm46v,
+    "glm_ocr": glm_ocr, "aya_vision": aya_vision, "lighton_ocr": lighton_ocr,
 }  # fmt: skip
 ALONE = {
     "vit": vit, "clip_vision": clip_vision, "siglip_vision": siglip_vision, "deit": deit,
     "dinov2": dinov2, "dinov2_with_registers": dinov2_with_registers, "dinov3_vit": dinov3_vit,
+    "swin": swin, "swinv2": swinv2, "vit_msn": vit_msn, "ijepa": ijepa, "beit": beit,
+    "data2vec_vision": data2vec_vision, "metaclip_2_vision": metaclip_2_vision,
 }  # fmt: skip
-ALL = {**TEXTUAL, **ALONE, "clip": clip, "siglip": siglip}
+ALL = {**TEXTUAL, **ALONE, "clip": clip, "siglip": siglip, "metaclip_2": metaclip_2}
 
 
 @cache

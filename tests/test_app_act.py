@@ -1030,7 +1030,8 @@ def test_options_of_one_name_are_said_alike() -> None:
     """What `rank` and the acting commands share reads alike; `task` and a few name their own."""
     differing = {"model", "task", "out", "save", "prompts", "tower", "param", "dry_run", "controls",
                  "metric", "strength", "heads", "draws", "detector", "top", "run", "recipe", "op",
-                 "format", "n", "batch_size", "seed", "prompt", "method", "site"}  # fmt: skip
+                 "format", "n", "batch_size", "seed", "prompt", "method", "site",
+                 "keys"}  # fmt: skip
     said: dict[str, set[tuple[str, ...]]] = {}
     for _, callback in commands():
         for option, info in options_of(callback).items():

@@ -551,12 +551,14 @@ def test_work_counts_padding_controls_and_steps() -> None:
     from interp.prompts import Prompt
 
     induction, sink, retrieval = map(make_detector, ("induction", "sink", "retrieval"))
+    pruning = make_detector("pruning-importance")
     jobs = [
         # One reading for both, one for the controls that only induction has.
         Job(0, (induction, sink), (Prompt((1,) * 5, id="a"), Prompt((1,) * 7, id="b"))),
         Job(1, (retrieval,), (Prompt((1,) * 9, id="c", answer=(1, 2, 3)),)),
     ]
-    assert work_of(jobs) == Work(
+    assert work_of([Job(0, (pruning,), jobs[0].prompts)], 5).passed == (1 + 5) * 2 * 7
+    assert work_of(jobs, 8) == Work(
         prompts=3,
         tokens=5 + 7 + 9,
         passed=2 * (2 * 7) + 9,
@@ -565,3 +567,12 @@ def test_work_counts_padding_controls_and_steps() -> None:
         widest=14,
         longest=9,
     )
+
+
+@pytest.mark.parametrize(("tower", "heads"), [("text", 4 * 8), ("vision", 3 * 4)])
+def test_a_detector_that_prunes_runs_once_a_head(tower: str, heads: int, run) -> None:
+    args = ("-m", "zoo:shapes-vlm", "-t", "shapes", "--n", "3", "--tower", tower, "--dry-run")
+    told = {r["quantity"]: float(r["value"]) for r in run("rank", "pruning-importance", *args).rows}
+    assert told["tokens through the model"] == told["tokens"] * (1 + heads)
+    told = {r["quantity"]: float(r["value"]) for r in run("rank", "visual-attention", *args).rows}
+    assert told["tokens through the model"] == told["tokens"]

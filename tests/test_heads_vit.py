@@ -684,3 +684,15 @@ def test_divergence_in_bits():
     for a, b, want in zip(p.numpy(), q.numpy(), found.tolist(), strict=True):
         assert want == pytest.approx(bits(a, b), abs=1e-12)
     assert torch.equal(found, jensen_shannon(q, p))
+
+
+def test_the_null_of_a_hierarchical_tower_is_that_of_each_stage():
+    model = case("swin").model
+    prompt = image_prompt(model, "", ramp(56, 56), id="one")
+    table = score(model, "distance-profile", [prompt], tower="vision")["distance-profile"]
+    patches = table.column("patches")
+    for i, head in enumerate(table.heads):
+        (view,) = prompt.views[f"vision/{head.layer}"]
+        bins = Rings().bins(view)
+        even = ((bins >= 0) & (bins <= 1)).sum() / (bins >= 0).sum()
+        assert table.null[i] == pytest.approx(float(patches[i]) * even, rel=1e-5)

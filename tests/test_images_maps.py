@@ -24,7 +24,8 @@ from interp.images.plane import Settings
 from interp.prompts import Prompt
 
 SIZES = ((101, 67), (53, 131), (90, 90), (37, 29))
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "exaone4_5")
+GRIDS = (*QWEN, "glm4v", "glm4v_moe", "glm46v", "glm_ocr")  # which read no videos here
 
 
 def made(name: str, images, **options) -> Prompt:
@@ -41,7 +42,7 @@ def planes(prompt: Prompt, name: str) -> dict[tuple[int, int | None], np.ndarray
     mean, std = (np.array(settings(x)) for x in ("image_mean", "image_std"))
     pixels = prompt.inputs["pixel_values"].float().numpy()
     out = {}
-    if name in QWEN:
+    if name in GRIDS:
         start = 0
         for image, (_, high, wide) in enumerate(prompt.inputs["image_grid_thw"].tolist()):
             plane = np.zeros((high * 6, wide * 6, 3))
@@ -59,7 +60,7 @@ def planes(prompt: Prompt, name: str) -> dict[tuple[int, int | None], np.ndarray
             start = at
         assert start == len(pixels)
         return out
-    if name in ("llava_pixtral", "mistral3"):
+    if name in ("llava_pixtral", "mistral3", "lighton_ocr"):
         return {(i, None): (x.transpose(1, 2, 0) * std + mean) * 255 for i, x in enumerate(pixels)}
     sides = pixels.shape[-3:]
     for row, seen in zip(pixels.reshape(-1, *sides), prompt.views["vision"], strict=False):
@@ -101,9 +102,8 @@ def test_boxes_of_the_tower_are_where_the_colours_come_from(name, size):
 
 
 def merge_of(name: str) -> int:
-    return {"gemma3": 2, "internvl": 2, "idefics3": 2, "smolvlm": 2, "mistral3": 2}.get(
-        name, 2 if name in QWEN else 1
-    )
+    squares = ("aya_vision", "gemma3", "internvl", "idefics3", "lighton_ocr", "mistral3", "smolvlm")
+    return 2 if name in (*GRIDS, *squares) else 1
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -251,7 +251,17 @@ def test_what_changes_with_pixels_touches_them(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl", "qwen2_vl"]
+    "name",
+    [
+        "llava_next",
+        "llava_onevision",
+        "idefics3",
+        "smolvlm",
+        "internvl",
+        "qwen2_vl",
+        "glm4v",
+        "aya_vision",
+    ],
 )
 def test_tiles_are_counted_as_the_processor_does(name):
     """Any size: were a rule of another count, tensors and tokens would not fit the map."""
@@ -289,7 +299,7 @@ def test_frames_of_videos_follow_the_images(name):
     grids = torch.tensor([[1, 4, 6], [1, 2, 4]])
     video = torch.tensor([[2, 4, 8]])
     mark, film = kit.mark("<|image_pad|>"), kit.mark("<|video_pad|>")
-    between = [5] if name == "qwen3_vl" else []  # which writes the time between frames
+    between = [5] if name.startswith("qwen3") else []  # which writes the time between frames
     ids = [5, *[mark] * 6, 6, *[film] * 8, *between, *[film] * 8, *[mark] * 2, 7]
     ids = torch.tensor([ids])
     inputs = {

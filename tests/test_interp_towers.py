@@ -7,6 +7,7 @@ all positions of the prompt's images. Readings are then loops over that matrix.
 
 import copy
 import functools
+import itertools
 import math
 import random
 import sys
@@ -17,18 +18,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import Whole, naive, opaque, registered
+from reference import Whole, fused, naive, opaque, registered
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads import score
 from interp import load
 from interp import readings as rd
-from interp.engine import Collector, read
+from interp.engine import Collector, read, read_rows
 from interp.errors import SiteError
 from interp.images import image_prompt, prompt_from_tensors
 from interp.kernels.plan import Side, compile_plan
 from interp.prompts import Batch, Prompt
 from interp.seam.calls import AttnCall
+from interp.seam.interface import describe
+from interp.seam.kernel import KernelTap
 
 TOWER = "vision"
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_pixtral", "mistral3")
@@ -402,9 +405,52 @@ def test_videos_run_after_the_images_of_all_prompts(name):
         same(found[key].values.numpy(), np.concatenate(rows))
     with pytest.raises(SiteError, match="several images"):
         read(model, model.batch(prompts), {"keys": rd.KeyMass()}, tower=TOWER)
+    by_row, owners = read_rows(model, model.batch(prompts), READINGS | BINS, tower=TOWER)
+    assert owners == (0, 1, 1, 2)
+    agree(by_row, wanted)
 
 
 _LISTS = {"keys", "keys-late", "top", "top-all", "rows", "z-rows"}
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_pixtral"])
+def test_every_image_is_read_by_itself_where_it_is_a_row(name):
+    """Lists too, which have no mean over images."""
+    model = made(name)
+    images = [[noise(60, 44, 1), noise(40, 52, 2)], [noise(42, 40, 4)]]
+    batch = model.batch(prompts := [prompt(name, *x, id=str(i)) for i, x in enumerate(images)])
+    found, owners = read_rows(model, batch, READINGS | BINS, tower=TOWER)
+    assert owners == ((0, 0, 1) if name == "llava" else (0, 1)) == batch.view(TOWER)[1]
+    agree(found, expected(model, prompts))
+
+
+def test_errors_of_a_mean_over_images_are_the_mean_of_theirs():
+    model = made("llava")
+    images = [noise(60, 44, 1), noise(40, 52, 2)]
+    both = prompt("llava", *images)
+    spans = [((3, 40),), ()]  # on the first image alone
+    views = tuple(
+        replace(row, spans={**row.spans, "solo": at})
+        for row, at in zip(both.views[TOWER], spans, strict=True)
+    )
+    one = prompt("llava", images[0])
+    alone = replace(one, views={TOWER: views[:1]})
+    batch = model.batch([replace(both, views={TOWER: views}), alone])
+    readings = {
+        "wide": rd.SpanMass("wide", sample=8), "far": rd.Distance(sample=8),
+        "solo": rd.Entropy("solo", sample=8),
+    }  # fmt: skip
+    rows, _ = read_rows(model, batch, readings, tower=TOWER)
+    solo = read(model, batch, {"x": readings["solo"]}, tower=TOWER)["x"]
+    same(solo.se[0].numpy(), solo.se[1].numpy())
+    same(solo.values[0].numpy(), solo.values[1].numpy())
+    assert rows.pop("solo").values[1].isnan().all() and readings.pop("solo")
+    for name, answer in read(model, batch, readings, tower=TOWER).items():
+        assert answer.values.shape == answer.se.shape == (2, 2, 2)
+        same(answer.se[0].numpy(), rows[name].se[:2].mean(0).numpy())
+        same(answer.se[1].numpy(), rows[name].se[2].numpy())
+        same(answer.values[0].numpy(), rows[name].values[:2].mean(0).numpy())
+        assert (answer.se > 0).all()
 
 
 # ---------------------------------------------------------------- beside other towers
@@ -599,3 +645,87 @@ def test_nothing_of_all_rows_by_all_keys_is_made(sizes):
             collector(call)
     assert n < largest.elements < 128 * n
     assert collector.answers()["keys"].values.shape == (2, 1, 2, n)
+
+
+# ------------------------------------------------------- sequences of one row, by their ends
+
+
+def by_ends(module, q, k, v, attention_mask=None, **kwargs):
+    """As flash attention on a GPU: rows that follow one another, told apart by where they end."""
+    ends = kwargs.get("cu_seq_lens_q")
+    ends = [0, q.shape[2]] if ends is None else ends.tolist()
+    if attention_mask is not None:  # the text tower's, of padding
+        return fused(module, q, k, v, attention_mask, **kwargs)
+    parts = [
+        fused(module, *(x[:, :, a:b] for x in (q, k, v)), None, **kwargs)[0]
+        for a, b in itertools.pairwise(ends) if b > a
+    ]  # fmt: skip
+    return torch.cat(parts, dim=1), None
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_images_of_one_call_are_told_apart_by_their_ends(name):
+    """All windows and images of a layer in one call without a mask, as on a GPU."""
+    model, prompts = made(name), of_different_sizes(name)
+    wanted = expected(model, prompts)
+    with registered("flash_attention_fake", by_ends, "flash_attention_2"):
+        other = load(copy.deepcopy(model.hf), processor=kit.case(name).model.processor)
+        for part in other.hf.modules():
+            if hasattr(part, "config"):
+                part.config._attn_implementation = "flash_attention_fake"
+        found = read(other, other.batch(prompts), READINGS | BINS, tower=TOWER)
+        alone = read(other, other.batch(prompts[1:2]), {"rows": rd.Rows("all")}, tower=TOWER)
+    agree(found, wanted)
+    assert set(found["few"].how) == {"sweep"}
+    if name == "qwen2_5_vl":
+        assert (alone["rows"].values[0, 0] == 0).float().mean() > 0.5
+
+
+def described(q, k, mask=None, **kwargs):
+    out = (torch.zeros(len(q), q.shape[2], *q.shape[1::2]), None)
+    module = torch.nn.Identity()
+    return describe(
+        "layer", module, q, k, k, mask, {"is_causal": False, **kwargs}, out, KernelTap()
+    )
+
+
+def test_ends_of_sequences_become_a_mask():
+    q, k = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
+    ends = torch.tensor([0, 4, 4, 7, 9])
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    seen = blocks(4, 3, 2)
+    assert torch.equal(described(q, k, **given).mask, seen)
+    assert described(q, k).mask is None
+    whole = torch.tensor([0, 9])
+    assert described(q, k, cu_seq_lens_q=whole, cu_seq_lens_k=whole).mask is None
+    padding = torch.tensor([[1] * 8 + [0]])
+    assert torch.equal(described(q, k, padding, **given).mask, seen & padding.bool())
+    added = torch.randn(1, 1, 9, 9)
+    mask = described(q, k, added, **given).mask
+    assert torch.equal(mask[seen], added[seen]) and (mask[~seen] < -1e30).all()
+    call = described(q, k, is_causal=True, **given)
+    assert call.causal and torch.equal(call.mask, seen)
+    p = call.rows(0, slice(0, 4), slice(0, 9))
+    assert (p.bool() == (seen[0] & torch.ones(9, 9).tril().bool())).all()
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ([0, 4, 9], [0, 5, 9]), ([0, 4, 9], None), ([0, 4, 8], [0, 4, 8]), ([1, 4, 9], [1, 4, 9]),
+        ([0, 6, 4, 9], [0, 6, 4, 9]), ([], []),
+    ],
+)  # fmt: skip
+def test_ends_that_do_not_divide_a_row_are_refused(ends):
+    q = torch.randn(1, 2, 9, 8)
+    ends = [None if x is None else torch.tensor(x) for x in ends]
+    with pytest.raises(SiteError, match="must divide the 9 queries and 9 keys of a single row"):
+        described(q, q, cu_seq_lens_q=ends[0], cu_seq_lens_k=ends[1])
+
+
+def test_ends_of_sequences_in_several_rows_are_refused():
+    q, ends = torch.randn(2, 2, 9, 8), torch.tensor([0, 4, 9])
+    with pytest.raises(SiteError, match="for 2 rows"):
+        described(q, q, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    with pytest.raises(SiteError, match="9 queries and 5 keys"):
+        described(q[:1], q[:1, :, :5], cu_seq_lens_q=ends, cu_seq_lens_k=ends)

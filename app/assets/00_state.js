@@ -5,8 +5,8 @@
   const CORE = {prompt: "p", tower: "t", metric: "m", q: "q", k: "k", basket: "basket", theme: "theme"};
   const LONG = Object.fromEntries(Object.entries(CORE).map(([long, short]) => [short, long]));
   // What is about one run or one prompt has no meaning in another.
-  const OF_RUN = ["prompt", "tower", "layer", "head", "q", "k", "metric", "basket", "lock"];
-  const OF_PROMPT = ["q", "k", "lock"];
+  const OF_RUN = ["prompt", "tower", "layer", "head", "q", "k", "metric", "basket", "lock", "patches", "result"];
+  const OF_PROMPT = ["q", "k", "lock", "patches"];
   const listeners = [];
   const fed = {};
   let config = null;
@@ -121,7 +121,9 @@
   function control(id, prop, name) {
     const value = state[name] === undefined ? null : state[name];
     if (shown[id] === value) return;
+    const first = !(id in shown) && value === null;
     shown[id] = value;
+    if (first) return;  // what its page gives it at the start stays
     const typed = typed_values[id] || ((x) => x);
     window.dash_clientside.set_props(id, {[prop]: typed(value)});
   }

@@ -173,7 +173,7 @@
 
   /* What callbacks want to tell the scripts: small values in stores. */
   Object.assign(window.dash_clientside.headscope, {
-    order(data) { hs.order = data || []; return window.dash_clientside.no_update; },
+    order(rows) { hs.order = (rows || []).map((r) => [r.head, r.score === undefined ? null : r.score]); return window.dash_clientside.no_update; },
     metrics(data) { hs.metrics = (data || []).map((d) => d.value || d); return window.dash_clientside.no_update; },
     runs(data) { hs.runs = (data || []).map((d) => d.value || d); return window.dash_clientside.no_update; },
   });

@@ -116,17 +116,12 @@ def answered(route: Callable[..., Response]) -> Callable[..., Response]:
 def thumbnails(trace: Trace, tower: str, side: int = THUMB) -> np.ndarray:
     """[layers · side, heads · side] codes: a small map of each head, pooled by maximum."""
     layers = trace.tower(tower).layers
-    n_layers = max(layers) + 1
     n_heads = max(layer.n_heads for layer in layers.values())
-    sheet = np.zeros((n_layers * side, n_heads * side), np.uint8)
+    sheet = np.zeros(((max(layers) + 1) * side, n_heads * side), np.uint8)
     for index, layer in layers.items():
-        maps = layer.array("overview")
-        rows = np.arange(side) * maps.shape[1] // side
-        columns = np.arange(side) * maps.shape[2] // side
-        if maps.shape[1] >= side and maps.shape[2] >= side:
-            maps = np.maximum.reduceat(np.maximum.reduceat(maps, rows, 1), columns, 2)
-        else:
-            maps = maps[:, rows][:, :, columns]
+        maps = layer.array("thumb")
+        rows, columns = (np.arange(side) * n // side for n in maps.shape[1:])
+        maps = maps[:, rows][:, :, columns]
         high = slice(index * side, (index + 1) * side)
         sheet[high, : layer.n_heads * side] = maps.transpose(1, 0, 2).reshape(side, -1)
     return sheet
@@ -143,7 +138,7 @@ def _tokens(trace: Trace, tower: str) -> dict[str, Any]:
         "key": [marked(t) for t in found.labels("key")],
         "query": None if same else [marked(t) for t in found.labels("query")],
         "shift": shift if same else 0,
-        "spans": trace.info["spans"] if tower in ("text", "encoder") else {},
+        "spans": trace.info["spans"] if len(trace.tokens) == found.n_key else {},
         "segments": list(found.segments),
         "of": list(found.about["key_segments"]),
         "words": len(trace.tokens) == found.n_key,

@@ -39,6 +39,7 @@ def grid(
             "mode": choose, "checkboxes": True, "headerCheckbox": False,
             "enableClickSelection": False,
         }  # fmt: skip
+        options["selectionColumnDef"] = {"headerName": "Take", "width": 74}
     return html.Div(
         dag.AgGrid(
             id=id,

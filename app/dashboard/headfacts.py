@@ -7,6 +7,7 @@ import numpy as np
 from app.dashboard.library import OpenRun
 from app.dashboard.page import Feed, Site
 from app.dashboard.pages.heads import shown
+from app.figures.maps import marked
 from interp.errors import InterpError
 from interp.headid import HeadId
 from interp.scores import HeadScores
@@ -170,17 +171,30 @@ def causes(site: Site, run: OpenRun, head: HeadId) -> "Component | str":
 
 def writes(run: OpenRun, head: HeadId, feed: Feed) -> "Component | str":
     """Tokens that the head raises and lowers when it looks at the keys it likes most."""
+    from dash import html
+
     try:
         trace = run.trace(feed.get("prompt"))
-        facts = trace.layer(head.tower, head.layer).about.get("writes")
+        found = trace.head(head).writes()
     except InterpError:
         return "Kept with traces."
-    if not facts:
-        return "Not kept in this trace."
-    mine = facts[head.head]
-    return _table(
-        ["looks at", "raises", "lowers"],
-        [[w["from"], ", ".join(w["up"]), ", ".join(w["down"])] for w in mine],
+    if not found:
+        return "Kept for heads of text decoders that write to the logits."
+    rows = [
+        [f"{marked(trace.tokens[w.key])} ({w.key})", ", ".join(map(marked, w.up)),
+         ", ".join(map(marked, w.down)), f"{w.rank:,}"]
+        for w in found
+    ]  # fmt: skip
+    copies = sum(w.rank == 1 for w in found)
+    return html.Div(
+        [
+            _table(["looks at", "raises", "lowers", "own rank"], rows),
+            html.P(
+                f"Directly, past every later layer: W_U norm(v W_O). {copies} of {len(found)} "
+                "keys would be copied (own rank 1).",
+                className="faint",
+            ),
+        ]
     )
 
 

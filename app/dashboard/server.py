@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from app.dashboard.jobs import Jobs
 
 ASSETS = Path(__file__).parents[1] / "assets"
+# Dash's own names no language and puts its scripts into a footer, which is a landmark.
+INDEX = """<!DOCTYPE html>
+<html lang="en">
+<head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}</head>
+<body>{%app_entry%}<div hidden>{%config%}{%scripts%}{%renderer%}</div></body>
+</html>"""
 
 
 def make_app(root: Path, access: Access, jobs: "Jobs | None" = None) -> "Dash":
@@ -38,6 +44,7 @@ def make_app(root: Path, access: Access, jobs: "Jobs | None" = None) -> "Dash":
         compress=False,
         enable_mcp=False,
         suppress_callback_exceptions=False,
+        index_string=INDEX,
     )
     app.server.secret_key = secrets.token_bytes(16)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Where heads look on images, from traces: patches, rows over them, budgets, readers, pointing.
+"""Where heads look on images, from traces: patches, rows of heads over them, budgets.
 
 Everything is read from arrays of the trace with numpy alone. Which pixels a position stands for is
 taken from `pictures.safetensors`, so that any grid will do: merged patches, tiles, video frames.
@@ -7,28 +7,26 @@ query   a position of the tower, or None for the mean over all queries
 mass    attention of one row that falls on some positions, 0..1
 """
 
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from app.catalog import entries
-from app.dashboard.library import OpenRun
-from app.dashboard.page import Feed
 from interp.errors import InputError, RunError
 from interp.headid import DEFAULT_TOWER, HeadId
-from interp.scores import HeadScores
 from interp.traces.trace import EXACT, HeadTrace, TowerTrace, Trace
 
-IMAGE, TILE, FRAME, MASS, ALL = 2, 5, 6, "mass", "all"
-"""Columns of `places`; heads chosen by mass; the query that stands for all."""
+IMAGE, TILE, FRAME = 2, 5, 6
+"""Columns of `places`."""
+ALL, OTHER = "all", "other"
+"""The query that stands for all; the segment of what is in no other."""
 
-_PATCHES_AT_ONCE = _QUERIES_AT_ONCE = 256
+_QUERIES_AT_ONCE = 256
 _KEPT = 8
-_VISUAL_TASKS = ("shapes", "tiles")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +78,7 @@ def towers_of(trace: Trace) -> list[str]:
         RunError: the prompt has no images, or none of its towers was kept.
     """
     if not trace.has_pictures:
-        raise RunError(
-            f"prompt {trace.id} has no images in its trace",
-            hint="choose another prompt, or make a trace of one with images",
-        )
+        raise RunError(f"prompt {trace.id} has no images, or its trace was made without them")
     arrays = trace.pictures[0]
     found = [n for n in trace.towers if f"{n}/boxes" in arrays and trace.towers[n].layers]
     if not found:
@@ -163,9 +158,14 @@ def query_of(trace: Trace, tower: str, lock: str | None) -> int | None:
 
 
 def row_of(head: HeadTrace, query: int | None) -> np.ndarray:
-    """[key] what a query gives to each key, 0 where it sees none; or the mean over all queries."""
+    """[key] what a query gives to each key, NaN where it sees none; or the mean over all queries.
+
+    Args:
+        head: the head.
+        query: a query; None for the mean over all, to which one that sees no key adds 0.
+    """
     if query is not None:
-        row: np.ndarray = np.nan_to_num(head.rows([query])[0])
+        row: np.ndarray = head.rows([query])[0]
         return row
     n = head.n_query
     if head.layer.form != EXACT:  # what is hidden here may be no range
@@ -181,17 +181,39 @@ def row_of(head: HeadTrace, query: int | None) -> np.ndarray:
     return np.asarray(head.summary("received") * seen / n, dtype=np.float32)
 
 
+def groups_of(trace: Trace, tower: str) -> tuple[list[str], np.ndarray]:
+    """Names and [key] index of what a budget parts the keys into.
+
+    The segments of the trace; several images one each; and where no segment of the tower is known,
+    images and what its other positions are called.
+    """
+    found, patches = trace.tower(tower), patches_of(trace, tower)
+    names = [found.segments[i] for i in found.about["key_segments"]]
+    if set(names) == {OTHER}:
+        labels = found.labels("key")
+        names = [x if x.isalpha() else OTHER for x in labels]
+        for p in patches.at:
+            names[p] = "image"
+    if len(patches.sizes) > 1:
+        for p, image in zip(patches.at, patches.places[:, IMAGE], strict=True):
+            names[p] = f"image {image + 1}"
+    known = list(dict.fromkeys(names))
+    return known, np.array([known.index(name) for name in names])
+
+
 @dataclass(frozen=True, eq=False)
 class Looks:
     """One query's rows in every head of a tower, summed up.
 
     Attributes:
         heads: the heads.
-        mass: [head, segment] mass on the keys of each segment.
+        groups: names of what the keys are parted into.
+        mass: [head, group] mass on the keys of each.
         patches: [head, patch] mass of each patch.
     """
 
     heads: tuple[HeadId, ...]
+    groups: tuple[str, ...]
     mass: np.ndarray
     patches: np.ndarray
 
@@ -220,159 +242,38 @@ def looks(trace: Trace, tower: str, query: int | None) -> Looks:
 
 def _looks(trace: Trace, tower: str, query: int | None) -> Looks:
     found, patches = trace.tower(tower), patches_of(trace, tower)
-    of = np.asarray(found.about["key_segments"])
+    groups, of = groups_of(trace, tower)
     heads, mass, parts = [], [], []
     for index, layer in sorted(found.layers.items()):
         for h in range(layer.n_heads):
-            row = row_of(HeadTrace(layer, h), query)
+            row = np.nan_to_num(row_of(HeadTrace(layer, h), query))
             heads.append(HeadId(index, h, tower))
-            mass.append(np.bincount(of, row, len(found.segments)))
+            mass.append(np.bincount(of, row, len(groups)))
             parts.append(row[patches.at])
-    return Looks(tuple(heads), np.array(mass), np.array(parts))
+    return Looks(tuple(heads), tuple(groups), np.array(mass), np.array(parts))
 
 
 def budget(
     trace: Trace, tower: str, query: int | None, *, by_segment: bool = False
-) -> tuple[tuple[HeadId, ...], np.ndarray]:
-    """[head, segment] mass of the query on each segment, or the mean over the query's segment.
+) -> tuple[tuple[HeadId, ...], tuple[str, ...], np.ndarray]:
+    """Heads, names of groups of keys, and [head, group] mass of a query on each group.
 
     Args:
         trace: the trace.
         tower: its tower.
         query: a query; None for the mean over all queries.
-        by_segment: the mean over all queries of the same segment, from summaries of the trace.
+        by_segment: the mean over all queries of the same segment instead, on the keys of each
+            segment, from summaries of the trace.
     """
-    found = trace.tower(tower)
-    if not by_segment and query is not None:
+    if not by_segment or query is None:
         made = looks(trace, tower, query)
-        return made.heads, made.mass
-    of = np.bincount(np.asarray(found.about["query_segments"]), minlength=len(found.segments))
-    weights = of / max(1, of.sum())
-    if query is not None:
-        weights = np.eye(len(of))[found.about["query_segments"][query]]
-    heads, mass = [], []
-    for index, layer in sorted(found.layers.items()):
-        sums = np.asarray(layer.array("segments"), dtype=np.float64)
-        heads += [HeadId(index, h, tower) for h in range(layer.n_heads)]
-        mass.append(np.einsum("q,hqk->hk", weights, sums))
-    return tuple(heads), np.concatenate(mass)
-
-
-def readers(
-    head: HeadTrace, patches: Patches, chosen: np.ndarray, *, every: bool, most: int = 64
-) -> list[tuple[int, float]]:
-    """The queries that give most to some patches, with that mass, the most first.
-
-    Args:
-        head: the head.
-        patches: those of its tower.
-        chosen: indices of the patches.
-        every: queries that stand for pixels too.
-        most: at most so many queries.
-    """
-    total = np.zeros(head.n_query)
-    keys = patches.at[chosen]
-    for start in range(0, len(keys), _PATCHES_AT_ONCE):
-        total += np.nansum(head.columns(keys[start : start + _PATCHES_AT_ONCE]), axis=0)
-    tower = head.layer.tower
-    if not every and tower.labels("query") == tower.labels("key")[shift_of(tower) :]:
-        own = patches.at - shift_of(tower)
-        total[own[own >= 0]] = 0.0
-    order = np.argsort(-total, kind="stable")[:most]
-    return [(int(i), float(total[i])) for i in order if total[i] > 0]
-
-
-def is_visual(table: HeadScores, tower: str) -> bool:
-    """Whether a table of a tower's heads scores what they do with images."""
-    if table.granularity != "query" or tower not in table.towers:
-        return False
-    entry = entries("detector").get(table.detector.partition("/")[0])
-    return "image" in table.params.values() or bool(entry and entry.task in _VISUAL_TASKS)
-
-
-def visual_tables(run: OpenRun, tower: str) -> list[str]:
-    """Names of the run's tables that score what heads of a tower do with images."""
-    return [name for name, table in run.tables.items() if is_visual(table, tower)]
-
-
-def best_heads(
-    run: OpenRun, trace: Trace, tower: str, feed: Feed, k: int = 8
-) -> tuple[list[tuple[HeadId, float]], str]:
-    """The k vision heads of a tower, the best first, and what they were chosen by.
-
-    By the table that the state names, if it is visual; else by the first that is; else by the mass
-    that the query gives to patches.
-    """
-    tables = visual_tables(run, tower)
-    wanted = feed.get("vby") or (feed.get("metric") if feed.get("metric") in tables else None)
-    name = wanted if wanted in tables or wanted == MASS else next(iter(tables), MASS)
-    kept = trace.tower(tower).layers
-    if name != MASS:
-        table = run.tables[str(name)]
-        value = dict(zip(table.heads, table.values.tolist(), strict=True))
-        found = [h for h in table.top(len(table.heads)) if h.tower == tower and h.layer in kept]
-        return [(h, value[h]) for h in found[:k]], str(name)
-    made = looks(trace, tower, query_of(trace, tower, feed.get("lock")))
-    return _most(made.heads, made.patches.sum(1), k), MASS
-
-
-def readers_by_head(
-    trace: Trace, tower: str, query: int | None, chosen: np.ndarray, k: int = 12
-) -> list[tuple[HeadId, float]]:
-    """The heads whose row gives most to some patches."""
-    made = looks(trace, tower, query)
-    return _most(made.heads, made.patches[:, chosen].sum(1), k)
-
-
-def _most(heads: Sequence[HeadId], mass: np.ndarray, k: int) -> list[tuple[HeadId, float]]:
-    order = np.argsort(-mass, kind="stable")[:k]
-    return [(heads[i], float(mass[i])) for i in order]
-
-
-def pointing(traces: Iterable[Trace], tower: str, box: str) -> list[dict[str, Any]]:
-    """How well each head points at a named box, over all prompts that have it.
-
-    Each prompt's own query looks. A hit: the patch with the largest mass touches the box. The share
-    is that of the image mass on patches that touch it. Both have the same level by chance, the
-    share of patches that touch the box: a row that is even over patches, or one that is shuffled.
-
-    Returns:
-        A row per head with `head`, `pointing`, `share`, `chance`, `lift` (share / chance), `mass`
-        (on the image) and `n`, sorted by pointing, then share. Prompts that a head gives no mass
-        on its image do not count for it.
-    """
-    rows: dict[HeadId, list[tuple[float, float, float, float]]] = {}
-    for trace in traces:
-        if not trace.has_pictures or tower not in towers_of(trace):
-            continue
-        patches = patches_of(trace, tower)
-        if box not in patches.named or not (inside := patches.touching(box)).any():
-            continue
-        made = looks(trace, tower, own_query(trace, tower))
-        for head, mass in zip(made.heads, made.patches, strict=True):
-            total = float(mass.sum())
-            if total > 0:
-                found = bool(inside[mass.argmax()]), float(mass[inside].sum()) / total
-                rows.setdefault(head, []).append((*found, float(inside.mean()), total))
-    out = []
-    for head, seen in rows.items():
-        hit, share, chance, mass = (float(x) for x in np.mean(seen, axis=0))
-        out.append({
-            "head": str(head), "pointing": hit, "share": share, "chance": chance,
-            "lift": share / chance, "mass": mass, "n": len(seen),
-        })  # fmt: skip
-    order: Callable[[dict[str, Any]], Any] = lambda r: (-r["pointing"], -r["share"])  # noqa: E731
-    return sorted(out, key=order)
-
-
-def box_names(traces: Iterable[Trace]) -> list[str]:
-    """Names of all boxes, those of most prompts first, `thing` before all others."""
-    count: dict[str, int] = {}
-    for trace in traces:
-        if trace.has_pictures:
-            for name in trace.pictures[1].get("boxes", {}):
-                count[str(name)] = count.get(str(name), 0) + 1
-    return sorted(count, key=lambda n: (n != "thing", -count[n], n))
+        return made.heads, made.groups, made.mass
+    found = trace.tower(tower)
+    of = found.about["query_segments"][query]
+    layers = sorted(found.layers.items())
+    heads = tuple(HeadId(i, h, tower) for i, layer in layers for h in range(layer.n_heads))
+    mass = [np.asarray(layer.array("segments"))[:, of] for _, layer in layers]
+    return heads, found.segments, np.concatenate(mass)
 
 
 def positions_of(text: str | None) -> tuple[int, ...]:
@@ -386,10 +287,10 @@ def positions_of(text: str | None) -> tuple[int, ...]:
     """
     found: set[int] = set()
     for part in filter(None, (text or "").split(",")):
-        low, _, high = part.partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal()) or len(part) > 20:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if match is None:
             raise InputError(f"patches must be positions and ranges, as 5-7,12; got {part[:20]!r}")
-        first, last = int(low), int(high or low)
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first or len(found) + last - first >= 16384:
             raise InputError(f"patches must be at most 16384 in rising ranges; got {part!r}")
         found |= set(range(first, last + 1))

@@ -16,11 +16,10 @@ from app.dashboard.vision import (
     own_query,
     patches_of,
     positions_of,
-    readers,
-    readers_by_head,
     row_of,
     shift_of,
 )
+from app.dashboard.vision_heads import readers, readers_by_head
 from app.figures.maps import marked
 from interp.errors import InputError
 from interp.headid import HeadId
@@ -53,7 +52,7 @@ def routes(server: Flask, library: Library) -> None:
         codes, most = relative(np.stack(rows))
         answer = Response(codes.tobytes(), mimetype="application/octet-stream")
         answer.headers["X-Sights"] = " ".join(
-            f"{top:.6g}:{float(row.sum()):.6g}" for top, row in zip(most, rows, strict=True)
+            f"{top:.6g}:{float(np.nansum(row)):.6g}" for top, row in zip(most, rows, strict=True)
         )
         return _kept(answer)
 
@@ -72,8 +71,8 @@ def routes(server: Flask, library: Library) -> None:
         heads = readers_by_head(found, tower, _query(found, tower, query), chosen)
         return _kept(jsonify({
             "patches": len(chosen),
-            "tokens": [[i + shift, marked(labels[i]), round(m, 6)] for i, m in tokens],
-            "heads": [[str(h), round(m, 6)] for h, m in heads],
+            "tokens": [[i + shift, marked(labels[i]), round(m, 6)] for i, m in tokens if m >= 1e-6],
+            "heads": [[str(h), round(m, 6)] for h, m in heads if m >= 1e-6],
         }))  # fmt: skip
 
 
@@ -106,11 +105,11 @@ def relative(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[row, patch] masses as codes in which 255 is the largest of each row, and these largest.
 
     A patch of thousands may have a mass of 1e-5: codes of the mass itself would not tell it from
-    another of 4e-5.
+    another of 4e-5. Code 0 is a patch that the query does not see, a mass of NaN.
     """
-    most = rows.max(1, initial=0.0)
+    most = np.nan_to_num(rows).max(1, initial=0.0)
     scaled = rows / np.where(most > 0, most, 1.0)[:, None]
-    return encode(scaled), most
+    return encode(scaled, ~np.isnan(rows)), most
 
 
 def _query(trace: Trace, tower: str, text: str) -> int | None:

@@ -8,10 +8,11 @@ function returns is checked against the prompt: as many tokens as the prompt has
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import InputError, UnsupportedModelError
+from interp.images.patches import Windows
 from interp.images.plane import Cell, Plane, Settings, Size
 from interp.registry import Registry
 
@@ -81,6 +82,10 @@ class Example:
         return self.settings
 
 
+Rows = tuple[tuple[Cell, ...], ...]
+"""What the tokens of each row of a tower stand for."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What each image token stands for.
@@ -90,11 +95,16 @@ class Layout:
         text: id of a placeholder token, and what its tokens stand for in order; none for models
             whose text and images do not share a sequence.
         rows: what the tokens of each row of the vision tower stand for, in order.
+        others: the same of other towers by name, of layers whose positions are not those of their
+            tower by `TOWER/LAYER`, and of what a tower of cross attention reads by `TOWER/keys`.
+        windows: how such layers cut their rows, by the same names.
     """
 
     sizes: tuple[Size, ...]
     text: tuple[tuple[int, tuple[Cell, ...]], ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: Rows
+    others: Mapping[str, Rows] = field(default_factory=dict)
+    windows: Mapping[str, tuple[Windows, ...]] = field(default_factory=dict)
 
 
 Reader = Callable[[Example], Layout]

@@ -47,6 +47,32 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How a layer cuts a row of patches into windows, each of which attends by itself.
+
+    A single window says that the row has these places and no more, whatever else is in a batch.
+
+    Attributes:
+        places: for each window in the order in which the layer runs them, the position at each of
+            its places, -1 at those that hold padding.
+        shift: how far windows are moved on the grid; a window may then join opposite borders,
+            whose patches the layer keeps from each other. None where that cannot be told by the
+            layer's mask.
+
+    Raises:
+        InputError: windows differ in size, or a position is in none or in several.
+    """
+
+    places: tuple[tuple[int, ...], ...]
+    shift: int | None = None
+
+    def __post_init__(self) -> None:
+        held = sorted(i for window in self.places for i in window if i >= 0)
+        if len(set(map(len, self.places))) != 1 or held != list(range(len(held))):
+            raise InputError("windows must be of one size and hold every position once")
+
+
+@dataclass(frozen=True)
 class PatchMap:
     """All patches of a prompt, or of one row of a vision tower.
 
@@ -54,6 +80,7 @@ class PatchMap:
         patches: in order of position.
         sizes: width and height in pixels of each image.
         n: number of tokens in all, so that positions lie in 0..n-1.
+        windows: how a layer cuts the row; None where it attends over all of it.
 
     Raises:
         InputError: a position is repeated or outside, or a patch names an image that is not there.
@@ -62,6 +89,7 @@ class PatchMap:
     patches: tuple[Patch, ...]
     sizes: tuple[tuple[int, int], ...]
     n: int
+    windows: Windows | None = None
 
     def __post_init__(self) -> None:
         places = [p.position for p in self.patches]

@@ -17,6 +17,10 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
+_ROUNDING = 1e-6
+"""Pixels of the image; what overlaps it less is beside it but for the rounding of borders."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What one token stands for.
@@ -28,7 +32,8 @@ class Cell:
         column: column in its grid.
         tile: which tile; None for the image as a whole.
         frame: which frame of a video.
-        name: what a token without pixels is: `cls`, `registers`, `newline` or `padding`.
+        name: what a token without pixels is: `cls`, `registers`, `newline`, `padding` of an image,
+            `placeholder` of an image that cross attention reads, `latent` of a resampler, `unused`.
     """
 
     image: int
@@ -97,7 +102,7 @@ class Plane:
             for column in range(columns):
                 left, top = x0 + column * wide, y0 + row * high
                 box = _common(self.clip, (left, top, left + wide, top + high))
-                seen = box[0] < box[2] and box[1] < box[3]
+                seen = min(box[2] - box[0], box[3] - box[1]) > _ROUNDING
                 out.append(
                     Cell(
                         self.image, box if seen else None, row, column, self.tile, frame,
@@ -174,6 +179,7 @@ STANDARD = (
     "CLIPImageProcessor",
     "ViTImageProcessor",
     "DeiTImageProcessor",
+    "BeitImageProcessor",
     "BitImageProcessor",
     "SiglipImageProcessor",
     "DINOv3ViTImageProcessor",

@@ -172,7 +172,7 @@ def _made(
     settings = None if model.processor is None else Settings.of(model.processor)
     found = family.read(Example(model.config, inputs, sizes, settings))
     named = check_boxes(boxes, found.sizes)
-    views = tower_views(found.rows, found.sizes, named, id=id)
+    views = _views(found, named, id)
     if tokens is None:
         prompt = _of_tower(views, inputs, id)
     else:
@@ -181,16 +181,31 @@ def _made(
     return prompt
 
 
-def _of_tower(views: tuple[Prompt, ...], inputs: "Mapping[str, Tensor]", id: str) -> Prompt:
-    if len(views) != 1:
+Views = dict[str, tuple[Prompt, ...]]
+
+
+def _views(found: Layout, boxes: Boxes, called: str) -> Views:
+    """An example as each tower sees it, and as layers do that see it otherwise."""
+    rows = ({TOWER: found.rows} if found.rows else {}) | dict(found.others)
+    made: dict[tuple[int, int], tuple[Prompt, ...]] = {}
+    out: Views = {}
+    for name, cells in rows.items():
+        windows = found.windows.get(name)
+        key = id(cells), id(windows)  # layers of one stage share their views
+        if key not in made:
+            made[key] = tower_views(cells, found.sizes, boxes, id=called, windows=windows)
+        out[name] = made[key]
+    return out
+
+
+def _of_tower(views: Views, inputs: "Mapping[str, Tensor]", id: str) -> Prompt:
+    if len(views[TOWER]) != 1:
         raise InputError(
-            f"a vision transformer alone reads one image a prompt; got {len(views)}",
+            f"a vision transformer alone reads one image a prompt; got {len(views[TOWER])}",
             hint="make a prompt of each",
         )
-    seen = views[0]
-    return Prompt(
-        seen.tokens, seen.spans, id, inputs=inputs, patches=seen.patches, views={TOWER: views}
-    )
+    seen = views[TOWER][0]
+    return Prompt(seen.tokens, seen.spans, id, inputs=inputs, patches=seen.patches, views=views)
 
 
 def _of_text(
@@ -198,7 +213,7 @@ def _of_text(
     tokens: tuple[int, ...],
     found: Layout,
     boxes: Boxes,
-    views: tuple[Prompt, ...],
+    views: Views,
     inputs: "Mapping[str, Tensor]",
     answer: tuple[int, ...] | None,
     id: str,
@@ -224,10 +239,7 @@ def _of_text(
             [at[i] for i in places], places, len(tokens), found.sizes, tower=False
         )
         spans |= more | boxed(patches, boxes)
-    return Prompt(
-        tokens, spans, id, answer, inputs=inputs, patches=patches,
-        views={TOWER: views} if views else {},
-    )  # fmt: skip
+    return Prompt(tokens, spans, id, answer, inputs=inputs, patches=patches, views=views)
 
 
 def _tokenizer(model: "Model") -> Any:

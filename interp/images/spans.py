@@ -4,14 +4,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from interp.errors import InputError
-from interp.images.patches import Box, Patch, PatchMap
+from interp.images.patches import Box, Patch, PatchMap, Windows
 from interp.images.plane import Cell, Size
 from interp.prompts import Prompt, Range
 
 Boxes = Mapping[str, tuple[int, Box]]
 """Name to image and box."""
 
-_TAKEN = ("all", "bos", "cls", "distillation", "image", "newline", "padding", "registers", "text")
+_TAKEN = (
+    "all", "bos", "cls", "distillation", "image", "latent", "newline", "padding",
+    "placeholder", "registers", "text", "unused",
+)  # fmt: skip
+
+
+_APART = ("cls", "distillation", "latent", "registers", "unused")
 
 
 def check_boxes(boxes: Mapping[str, Box | tuple[int, Box]] | None, sizes: Sequence[Size]) -> Boxes:
@@ -66,8 +72,8 @@ def described(
         places: their positions, rising.
         n: number of tokens in all.
         sizes: of the images.
-        tower: whether these are tokens of a tower, whose class token and registers are no part of
-            the image.
+        tower: whether these are tokens of a tower, whose class token, registers, latents and
+            positions that fill up are no part of the image.
 
     Returns:
         Spans: `image`, `image-N`, `image-N/tile-N` with `image-N/whole`, `image-N/frame-N`, and
@@ -79,7 +85,7 @@ def described(
     for cell, place in zip(cells, places, strict=True):
         if cell.name:
             found.setdefault(cell.name, []).append(place)
-        if not (tower and cell.name in ("cls", "registers", "distillation")):
+        if not (tower and cell.name in _APART):
             for name in _names(cell, tiled, moving):
                 found.setdefault(name, []).append(place)
     patches = tuple(
@@ -94,7 +100,7 @@ def described(
 def _names(cell: Cell, tiled: set[int], moving: set[int]) -> Iterable[str]:
     yield "image"
     yield f"image-{cell.image}"
-    if cell.name in ("", "padding"):
+    if cell.name in ("", "latent", "padding"):
         if cell.image in tiled:
             part = "whole" if cell.tile is None else f"tile-{cell.tile}"
             yield f"image-{cell.image}/{part}"
@@ -121,7 +127,12 @@ def boxed(patches: PatchMap, boxes: Boxes) -> dict[str, tuple[Range, ...]]:
 
 
 def tower_views(
-    rows: Sequence[Sequence[Cell]], sizes: Sequence[Size], boxes: Boxes, *, id: str
+    rows: Sequence[Sequence[Cell]],
+    sizes: Sequence[Size],
+    boxes: Boxes,
+    *,
+    id: str,
+    windows: Sequence[Windows] | None = None,
 ) -> tuple[Prompt, ...]:
     """The rows of a vision tower as prompts, whose tokens are their positions.
 
@@ -131,6 +142,8 @@ def tower_views(
     made = []
     for i, row in enumerate(rows):
         spans, patches = described(row, range(len(row)), len(row), sizes, tower=True)
+        if windows is not None:
+            patches = replace(patches, windows=windows[i])
         spans |= boxed(patches, boxes)
         name = f"{id}/{i}" if len(rows) > 1 else id
         made.append(Prompt(tuple(range(len(row))), spans, name, patches=patches))

@@ -46,7 +46,8 @@ def model_inputs(model: "Model", tensors: "Mapping[str, Tensor]") -> "dict[str, 
                 f"every input must be one tensor; {name!r} is {type(value).__name__}",
                 hint='call the processor with return_tensors="pt"',
             )
-        if name.endswith("token_type_ids") and "input_ids" in tensors:
+        by_token = name.endswith("token_type_ids") or name == "cross_attention_mask"
+        if by_token and "input_ids" in tensors:
             value = value[:, _real(tensors)]
         out[name] = value.to(model.dtype) if value.is_floating_point() else value
     return out

@@ -1,9 +1,11 @@
-"""Towers that run rows as one sequence and attend within pieces of it, read row by row.
+"""Towers that attend within pieces of their rows, read row by row.
 
 Qwen's vision towers call attention once a window, frame or image; Pixtral's calls it once for all
-images, with a mask that keeps them apart. The pieces follow each other as the rows do. A query
-sees its own piece, so that every other key of its row has mass 0, exactly: each piece goes through
-the kernels by itself, and nothing of row × row is made but what a reading asks for.
+images, with a mask that keeps them apart. There the pieces follow each other as the rows do. Swin
+has all windows of all images in the batch axis of one call, each with positions from anywhere on
+its grid. A query sees its own piece, so that every other key of its row has mass 0, exactly: each
+piece goes through the kernels by itself, and nothing of row × row is made but what a reading asks
+for.
 """
 
 import itertools
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor
 
 from interp.errors import SiteError
+from interp.images.patches import Windows
 from interp.kernels import gather, sweep
+from interp.kernels.places import Place, index_of
 from interp.kernels.plan import Group, Pairs, Plan, Strip
+from interp.kernels.windows import apart
 from interp.seam.calls import AttnCall
 
 Result = tuple[Tensor, str, Tensor | None]
@@ -71,30 +76,46 @@ class Pieces:
         for row, first, last in self._places:
             a, b = max(start, first), min(stop, last)
             if a < b:
-                self._read(_stretch(call, a - start, b - start), row, a - first)
+                place = Place(torch.arange(a - first, b - first))
+                self._read(_stretch(call, a - start, b - start), row, place)
         self.at = stop
 
-    def _read(self, call: AttnCall, row: int, at: int) -> None:
-        """Read a piece that begins at a position of a row."""
-        keys = slice(at, at + call.n_query)
+    @torch.no_grad()
+    def add_windows(self, call: AttnCall, windows: Sequence[Windows]) -> None:
+        """Read a call whose batch axis holds all windows of all rows, in the order of the rows.
+
+        Args:
+            call: [window, query, head, d_v].
+            windows: of each row.
+
+        Raises:
+            SiteError: these are not the windows of the rows.
+        """
+        for piece, row, place in apart(call, windows):
+            self._read(piece, row, place)
+        self.at = self.total
+
+    def _read(self, call: AttnCall, row: int, place: Place) -> None:
+        """Read a piece that holds some positions of a row."""
         for name, pairs in self.plan.pairs.items():
             q, k, w = pairs.per_example[row]
-            here = _inside(q, keys) & _inside(k, keys)
+            here = place.has(q) & place.has(k)
             total = self._total(name, call, [x[0] for x in pairs.per_example])
             if here.any():
-                total[row] += _pairs(call, Pairs(((q[here] - at, k[here] - at, w[here]),)))
+                inner = Pairs(((place.within(q[here]), place.within(k[here]), w[here]),))
+                total[row] += _pairs(call, inner)
         for name, strip in self.plan.strips.items():
             q, k = strip.rows[row], strip.keys[row]
-            near, seen = q[_inside(q, keys)] - at, k[_inside(k, keys)] - at
+            near, seen = place.within(q[place.has(q)]), place.within(k[place.has(k)])
             total = self._total(name, call, strip.rows)
             if len(near) and len(seen):
                 total[row] += _strip(call, Strip((near,), (seen,))) * (len(near) / len(q))
         for group, held in zip(self.plan.groups, self._rows, strict=True):
-            self._sweep(call, group, held[row], row, keys)
+            self._sweep(call, group, held[row], row, place)
             for name in group.reducers:
                 self._note(name, "sampled" if group.sample else sweep.source(call))
         if self.plan.values:
-            self._keep(call, row, keys)
+            self._keep(call, row, place)
 
     def _total(self, name: str, call: AttnCall, queries: Sequence[Tensor]) -> Tensor:
         """The sums [row, head] that pieces add to; NaN where nothing is asked of a row."""
@@ -109,14 +130,14 @@ class Pieces:
         self._how.setdefault(name, set()).add(how)
 
     def _sweep(
-        self, call: AttnCall, group: Group, held: dict[str, Tensor], row: int, keys: slice
+        self, call: AttnCall, group: Group, held: dict[str, Tensor], row: int, place: Place
     ) -> None:
         """Add a piece's quantities to those of its row."""
-        start, stop = torch.searchsorted(
-            group.rows[row], torch.tensor([keys.start, keys.stop])
-        ).tolist()
-        for part in _paired(start, stop) if group.sample else [slice(start, stop)]:
-            found = sweep.rows(call, group.part(row, part, keys))
+        mine = place.has(group.rows[row]).nonzero().flatten()
+        keys = index_of(place.index)
+        for part in _paired(mine) if group.sample else [mine]:
+            to = index_of(part)
+            found = sweep.rows(call, _part(group, row, part, place))
             for name, (x,) in found.items():
                 per_key = name in ("keymass", "keymass_se2")
                 if name not in held:
@@ -126,14 +147,24 @@ class Pieces:
                 if per_key:
                     held[name][:, keys] += x
                 elif name == "rows":
-                    held[name][:, part, keys] = x
+                    whole = x.new_zeros(*x.shape[:2], self.width)
+                    whole[..., keys] = x
+                    held[name][:, to] = whole
+                elif name == "top":
+                    held[name][:, to] = place.index.to(x.device)[x.long()].to(x)
                 else:
-                    held[name][:, part] = x + keys.start if name == "top" else x
-            if group.sample and "keymass" in group.wants and part.stop - part.start == 1:
-                self._halved(group, held, row, part.start, found["keymass"][0], keys)
+                    held[name][:, to] = x
+            if group.sample and "keymass" in group.wants and len(part) == 1:
+                self._halved(group, held, row, int(part), found["keymass"][0], keys)
 
     def _halved(
-        self, group: Group, held: dict[str, Tensor], row: int, at: int, mass: Tensor, keys: slice
+        self,
+        group: Group,
+        held: dict[str, Tensor],
+        row: int,
+        at: int,
+        mass: Tensor,
+        keys: slice | Tensor,
     ) -> None:
         """The squared error from a row whose partner has no mass on any key of this piece."""
         spread = group.spread[row]
@@ -141,7 +172,7 @@ class Pieces:
             alone = mass / group.weights[row][at].to(mass)
             held["keymass_se2"][:, keys] += alone.square() * spread[at // 2].to(mass)
 
-    def _keep(self, call: AttnCall, row: int, keys: slice) -> None:
+    def _keep(self, call: AttnCall, row: int, place: Place) -> None:
         """Put z and v at their places."""
         if self._z is None:
             n_rows = len(self._places)
@@ -150,9 +181,10 @@ class Pieces:
             if call.v is not None:
                 shape = n_rows, call.v.shape[1], self.width, call.v.shape[3]
                 self._v = call.v.new_zeros(shape)
+        keys = index_of(place.index)
         self._z[row, keys] = call.z[0]
         if self._v is not None and call.v is not None:
-            self._v[row, :, keys] = call.v[0]
+            self._v[row][:, keys] = call.v[0]
 
     @torch.no_grad()
     def results(self) -> dict[str, Result]:
@@ -185,15 +217,25 @@ def _strip(call: AttnCall, strip: Strip) -> Tensor:
     return sweep.pair_mass(call, strip.pairs)[0]
 
 
-def _inside(places: Tensor, keys: slice) -> Tensor:
-    inside: Tensor = (places >= keys.start) & (places < keys.stop)
-    return inside
+def _paired(mine: Tensor) -> list[Tensor]:
+    """Sampled rows of a piece: those whose pair (2i, 2i+1) is whole, then each of the others."""
+    whole = torch.isin(mine ^ 1, mine)
+    return [mine[whole], *mine[~whole].split(1)]
 
 
-def _paired(start: int, stop: int) -> list[slice]:
-    """A run of sampled rows cut so that pairs (2i, 2i+1) stay whole and halves are alone."""
-    cuts = sorted({start, min(start + start % 2, stop), max(stop - stop % 2, start), stop})
-    return [slice(a, b) for a, b in itertools.pairwise(cuts)] or [slice(start, stop)]
+def _part(group: Group, row: int, part: Tensor, place: Place) -> Group:
+    """Some of a group's query rows and the keys of a piece, counted within the piece."""
+    rows, keys = index_of(part), index_of(place.index)
+    columns = None if group.columns is None else group.columns[row : row + 1]
+    return Group(
+        [place.within(group.rows[row][rows])],
+        [group.weights[row][rows]],
+        [group.spread[row][part[: len(part) // 2 * 2 : 2] // 2]],
+        group.sample,
+        None if columns is None else columns[:, keys],
+        group.wants,
+        {name: ([bins[row][rows][:, keys]], n) for name, (bins, n) in group.bins.items()},
+    )
 
 
 def _stretch(call: AttnCall, start: int, stop: int) -> AttnCall:

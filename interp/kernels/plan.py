@@ -145,24 +145,6 @@ class Group:
         self.columns = torch.cat(parts, dim=-1)
         return slice(at, at + columns.shape[-1])
 
-    def part(self, b: int, rows: slice, keys: slice) -> "Group":
-        """Some rows of one example and the keys they see, both counted from the first such key.
-
-        Args:
-            b: the example.
-            rows: places in the list of its rows.
-            keys: the keys.
-        """
-        return Group(
-            [self.rows[b][rows] - keys.start],
-            [self.weights[b][rows]],
-            [self.spread[b][rows.start // 2 : rows.stop // 2]],
-            self.sample,
-            None if self.columns is None else self.columns[b : b + 1, keys],
-            self.wants,
-            {name: ([bins[b][rows, keys]], n) for name, (bins, n) in self.bins.items()},
-        )
-
     def mean(self, per_row: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Weighted means over rows of [head, row] values for each example, and standard errors."""
         means, errors = [], []

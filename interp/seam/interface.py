@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from interp.errors import SiteError
 from interp.seam.calls import AttnCall, Edited, InputEditor, Observer
 from interp.seam.kernel import Columns, KernelTap, additive
+from interp.seam.masks import by_argument, from_padding, within_sequences
 
 _LOCK = threading.RLock()
 
@@ -234,12 +235,12 @@ def describe(
     causal = bool(getattr(module, "is_causal", True) if said is None else said)
     mask = _tensor(attention_mask, n_query)
     if attention_mask is not None and mask is None:
-        mask = _from_padding(attention_mask, name)
+        mask = from_padding(attention_mask, name)
     elif mask is not None:
         causal = False
     if mask is None or mask is not attention_mask:
-        mask, causal = _by_argument(mask, query, key, causal, kwargs.get("sliding_window"))
-    mask = _biased(mask, kwargs)
+        mask, causal = by_argument(mask, query, key, causal, kwargs.get("sliding_window"))
+    mask = _biased(within_sequences(mask, query, key, kwargs, name), kwargs)
     return AttnCall(
         name, module, query, key, value, z,
         scale=scale, mask=mask, causal=causal and n_query > 1, softcap=softcap, sinks=sinks,
@@ -263,32 +264,3 @@ def _biased(mask: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | None:
 
 def _tensor(mask: Any, n_query: int) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
-
-
-def _from_padding(mask: Any, name: str) -> Tensor:
-    """The key-padding mask that flash implementations receive, as a boolean mask."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.bool()[:, None, None, :]
-    raise SiteError(
-        f"the mask of {name} is a {type(mask).__name__}, which cannot be read",
-        hint="load the model with attn_implementation='sdpa'",
-    )
-
-
-def _by_argument(
-    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: Any
-) -> tuple[Tensor | None, bool]:
-    """Flash implementations take causality and window by argument, counted from the last key."""
-    import torch
-
-    n_query, n_key = query.shape[2], key.shape[2]
-    cached = causal and 1 < n_query < n_key
-    if window is None and not cached:
-        return mask, causal
-    i = torch.arange(n_key - n_query, n_key, device=key.device)[:, None]
-    j = torch.arange(n_key, device=key.device)[None]
-    near = (i - j).abs() < int(window) if window is not None else i >= j
-    if cached:
-        near = near & (i >= j)
-    near = near[None, None]
-    return (near if mask is None else mask & near), causal and not cached

@@ -8,9 +8,10 @@ same blocks of rows: nothing of size T×T is ever held, unless the model itself 
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +21,35 @@ from torch import Tensor
 
 from interp.errors import SiteError
 from interp.files import disk_errors, remove_temporaries, write_json, write_table
+from interp.headid import DEFAULT_TOWER
 from interp.prompts import Prompt
 from interp.seam.calls import AttnCall
 from interp.traces.rules import Rule, joined
-from interp.traces.summary import Summary, partition
-from interp.traces.trace import EXACT, FOLDER, INFO, PICTURES, ROWS, SCHEMA, TOP, VERSION, Trace
+from interp.traces.summary import Summary, levels, partition
+from interp.traces.sweeps import by_rows, compared, swept
+from interp.traces.trace import (
+    EXACT,
+    FOLDER,
+    INFO,
+    PICTURES,
+    ROWS,
+    SCHEMA,
+    TOP,
+    VERSION,
+    WORDS,
+    Trace,
+)
+from interp.traces.writes import unembedding_of, written
 
 if TYPE_CHECKING:
     from interp.model import Model
     from interp.seam.structure import Layer, Tower
 
-CHECKED = 8
-"""Rows of each head that are compared with the model's own."""
 TOLERANCE = 1e-3
 """Largest difference of an entry up to which a layer counts as reconstructed."""
-WHOLE = 1024
-"""Prompt length up to which the rows of other layers are kept whole."""
-LARGEST = 64
-"""Entries of each row that are kept beyond that."""
-BLOCK = 256
+
+_TOKENS = (DEFAULT_TOWER, "encoder", "cross")
+_Rows = Sequence[Prompt] | None
 
 Progress = Callable[[int, int], None]
 """Called with layers done and layers in all."""
@@ -48,7 +59,9 @@ def trace_key(prompt: Prompt, about: Mapping[str, Any]) -> str:
     """Name of a trace: a hash of the prompt and of whatever else its numbers depend on."""
     inputs = {n: hashlib.sha256(_raw(x)).hexdigest() for n, x in sorted(prompt.inputs.items())}
     spans = {n: [list(r) for r in ranges] for n, ranges in sorted(prompt.spans.items())}
-    text = json.dumps([prompt.id, prompt.tokens, spans, inputs, dict(about)], sort_keys=True)
+    text = json.dumps(
+        [prompt.id, prompt.tokens, prompt.answer, spans, inputs, dict(about)], sort_keys=True
+    )
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
@@ -97,11 +110,13 @@ def capture(
     with disk_errors(folder, "create"):
         folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder)
-    batch = model.batch([prompt])
-    writer = _Writer(model, prompt, folder, towers, layers, progress)
+    inputs, decoder = _inputs(model, prompt)
+    writer = _Writer(model, prompt, decoder, folder, towers, layers, progress)
     with model.observe(writer):
-        model.forward(_inputs(model, batch.inputs()))
+        model.forward(inputs)
     kept = writer.finish()
+    if writer.named:
+        write_json(folder / WORDS, {str(t): w for t, w in _dictionary(model, writer.named).items()})
     if pictures:
         write_table(folder / PICTURES, dict(pictures), picture_facts or {})
     write_json(
@@ -112,9 +127,21 @@ def capture(
             "tokens": words(model, prompt.tokens), "ids": list(prompt.tokens),
             "spans": {n: [list(r) for r in ranges] for n, ranges in prompt.spans.items()},
             "answer": words(model, prompt.answer or ()), "towers": kept,
+            **({} if decoder is None else {"decoder": words(model, decoder.tokens)}),
         },
     )  # fmt: skip
     return Trace(folder)
+
+
+def layer_size(layer: "Layer", n: int) -> int:
+    """Bytes of a layer's file for a prompt of n positions, if it is kept as `exact`.
+
+    In half precision, without position biases; a file in single precision is at most twice as
+    large.
+    """
+    cells = sum(-(-n // q) * -(-n // k) for q, k in levels(n, n).values())
+    per_head = 2 * n * (layer.d_qk or layer.d_v) + cells + 20 * n
+    return layer.n_heads * per_head + layer.n_kv_heads * 2 * n * (layer.d_qk or layer.d_v) + 8 * n
 
 
 def words(model: "Model", tokens: Sequence[int]) -> list[str]:
@@ -135,10 +162,23 @@ def words(model: "Model", tokens: Sequence[int]) -> list[str]:
     return out
 
 
-def _inputs(model: "Model", inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if model.reads_tokens:
-        return dict(inputs)
-    return {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
+def _inputs(model: "Model", prompt: Prompt) -> tuple[dict[str, Tensor], Prompt | None]:
+    """What the model's forward takes, and what the decoder of an encoder-decoder reads."""
+    inputs = model.batch([prompt]).inputs()
+    if not model.reads_tokens:
+        inputs = {n: x for n, x in inputs.items() if n not in ("input_ids", "attention_mask")}
+    known = inspect.signature(model.hf.forward).parameters
+    decoder = None
+    if getattr(model.config, "is_encoder_decoder", False):
+        if "decoder_input_ids" not in inputs:
+            start = getattr(model.config, "decoder_start_token_id", None)
+            tokens = (model.pad_id if start is None else int(start), *(prompt.answer or ()))
+            inputs["decoder_input_ids"] = torch.tensor([tokens], device=model.device)
+        decoder = Prompt(tuple(inputs["decoder_input_ids"][0].tolist()))
+    elif "logits_to_keep" in known:
+        # Those of every position may take more memory than the model.
+        inputs["logits_to_keep"] = 1  # type: ignore[assignment]
+    return inputs, decoder
 
 
 @dataclass
@@ -156,12 +196,14 @@ class _Writer:
         self,
         model: "Model",
         prompt: Prompt,
+        decoder: Prompt | None,
         folder: Path,
         towers: Collection[str] | None,
         layers: Collection[int] | None,
         progress: Progress | None,
     ) -> None:
-        self.model, self.prompt, self.folder, self.progress = model, prompt, folder, progress
+        self.model, self.prompt, self.decoder = model, prompt, decoder
+        self.folder, self.progress = folder, progress
         chosen = {n: t for n, t in model.towers.items() if towers is None or n in towers}
         self.towers: dict[str, Tower] = chosen
         self.layers: dict[str, tuple[Tower, Layer]] = {
@@ -172,6 +214,8 @@ class _Writer:
         }
         if not self.layers:
             raise SiteError(f"a trace needs a layer of {model.name}; none that was named is there")
+        self.unembedding = unembedding_of(model) if DEFAULT_TOWER in chosen else None
+        self.named: set[int] = set()
         self.held: dict[str, _Held] = {}
         self.kept: dict[str, dict[str, Any]] = {}
         self.done = 0
@@ -182,9 +226,9 @@ class _Writer:
             return
         tower, layer = self.layers[call.name]
         held = self.held.setdefault(call.name, _Held())
-        expected = self._expected(tower.name)
+        rows = self._axes(tower)[0]
         held.at += call.n_query * call.z.shape[0]
-        if expected is None or held.at < expected:
+        if rows is None or held.at < sum(map(len, rows)):
             # The model may write the next call over these tensors.
             held.calls.append(_copied(call))
             return
@@ -197,81 +241,99 @@ class _Writer:
         for name, held in self.held.items():
             if held.calls:
                 self._write(*self.layers[name], held.calls)
-        if not self.kept:
-            raise SiteError(f"the forward pass of {self.model.name} reached no layer of the trace")
-        return self.kept
+        kept = {name: entry for name, entry in self.kept.items() if entry["layers"]}
+        if not kept:
+            why = [w for entry in self.kept.values() for w in entry["left_out"].values()]
+            found = why[0] if why else "the forward pass reached none of these layers"
+            raise SiteError(f"a trace of {self.model.name} would keep no layer: {found}")
+        return kept
 
-    def _rows(self, tower: str) -> "Sequence[Prompt] | None":
-        """The prompt as a tower sees it; None where that is not known."""
-        if tower in self.prompt.views:
-            return self.prompt.views[tower]
-        return None if tower.startswith("vision") else (self.prompt,)
-
-    def _expected(self, tower: str) -> int | None:
-        rows = self._rows(tower)
-        return None if rows is None else sum(map(len, rows))
+    def _axes(self, tower: "Tower") -> tuple[_Rows, _Rows]:
+        """The prompt as the queries and as the keys of a tower see it; None if not known."""
+        seen = self.prompt.views.get(tower.name)
+        own = (self.prompt,) if tower.name in _TOKENS and self.model.reads_tokens else None
+        inner = own if self.decoder is None else (self.decoder,)
+        if any(layer.cross for layer in tower.layers):
+            return inner, (own if self.decoder is not None else None) if seen is None else seen
+        rows = seen if seen is not None else inner if tower.name == DEFAULT_TOWER else own
+        return rows, rows
 
     def _write(self, tower: "Tower", layer: "Layer", calls: list[AttnCall]) -> None:
-        rows = self._rows(tower.name)
         n_query = sum(c.n_query * c.z.shape[0] for c in calls)
         n_key = sum(c.n_key * c.z.shape[0] for c in calls)
-        entry = self.kept.setdefault(tower.name, self._entry(tower.name, rows, n_query, n_key))
-        if (entry["n_query"], entry["n_key"]) != (n_query, n_key):
-            return  # a layer in other positions than the tower's first, as in hierarchical towers
-        arrays, about = self._layer(layer, calls, entry)
-        name = f"{tower.name}-{layer.index}.safetensors"
-        write_table(self.folder / name, arrays, about)
-        entry["layers"][str(layer.index)] = about | {"file": name, "arrays": sorted(arrays)}
+        if tower.name not in self.kept:
+            self.kept[tower.name] = self._entry(tower, n_query, n_key)
+        entry = self.kept[tower.name]
         self.done += 1
+        views = self.prompt.views.get(f"{tower.name}/{layer.index}", ())
+        if any(row.patches is not None and row.patches.windows is not None for row in views):
+            entry["left_out"][str(layer.index)] = "it attends within windows of its grid"
+        elif (entry["n_query"], entry["n_key"]) != (n_query, n_key):
+            entry["left_out"][str(layer.index)] = "its positions are not those of the first layer"
+        else:
+            arrays, about = self._layer(layer, calls, entry)
+            name = f"{tower.name}-{layer.index}.safetensors"
+            write_table(self.folder / name, arrays, about)
+            entry["layers"][str(layer.index)] = about | {"file": name, "arrays": sorted(arrays)}
         if self.progress is not None:
             self.progress(self.done, len(self.layers))
 
-    def _entry(
-        self, tower: str, rows: "Sequence[Prompt] | None", n_query: int, n_key: int
-    ) -> dict[str, Any]:
+    def _entry(self, tower: "Tower", n_query: int, n_key: int) -> dict[str, Any]:
         """What is the same for all layers of a tower."""
-        entry: dict[str, Any] = {"n_query": n_query, "n_key": n_key, "layers": {}}
-        if rows is not None and tower in self.prompt.views:
-            labels = [word for row in rows for word in _labels(row)]
-            for axis, n in (("query", n_query), ("key", n_key)):
-                if len(labels) == n:
-                    entry[f"{axis}_labels"] = labels
-        named = rows[0] if rows is not None and len(rows) == 1 else None
-        names, of = partition(named, n_query, n_key)
-        entry |= {"segments": names, "query_segments": of[0], "key_segments": of[1]}
-        return entry
+        entry: dict[str, Any] = {"n_query": n_query, "n_key": n_key, "layers": {}, "left_out": {}}
+        names: list[str] = []
+        for axis, n, rows in zip(
+            ("query", "key"), (n_query, n_key), self._axes(tower), strict=True
+        ):
+            one = rows[0] if rows is not None and len(rows) == 1 else None
+            own, of = partition(one, n)
+            names += [name for name in own if name not in names]
+            entry[f"{axis}_segments"] = [names.index(own[i]) for i in of]
+            labels = [word for row in rows or () for word in self._labels(row)]
+            if rows is None or one is not self.prompt or len(labels) != n:
+                entry[f"{axis}_labels"] = labels if len(labels) == n else [str(i) for i in range(n)]
+        return entry | {"segments": names}
+
+    def _labels(self, row: Prompt) -> list[str]:
+        if row is self.prompt or row is self.decoder:
+            return words(self.model, row.tokens)
+        return _patch_labels(row)
 
     def _layer(
         self, layer: "Layer", calls: list[AttnCall], entry: Mapping[str, Any]
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        found = joined(calls)
         about: dict[str, Any] = {
             "heads": layer.n_heads, "kv_heads": layer.n_kv_heads, "name": layer.name,
             "sinks": layer.sinks,
         }  # fmt: skip
-        note = found if isinstance(found, str) else ""
-        if not isinstance(found, str):
+        found = joined(calls)
+        if isinstance(found, str):
+            note = found
+        else:
             q, k, v, rule = found
+            note = "its queries or keys are not finite"
             for dtype in (torch.float16, torch.float32):
-                kept_q, kept_k = (x.float().to(dtype) for x in (q, k))
+                kept_q, kept_k = q.to(dtype), k.to(dtype)
                 if not (kept_q.isfinite().all() and kept_k.isfinite().all()):
                     continue
                 summary = Summary(entry, layer.n_heads)
-                lse = _swept(kept_q, kept_k, rule, summary)
-                error = _compared(calls, kept_q, kept_k, lse, rule)
-                if error <= TOLERANCE:
+                lse = swept(kept_q, kept_k, rule, summary)
+                error = compared(calls, kept_q, kept_k, lse, rule)
+                if error <= _tolerance(calls):
                     arrays = {"q": _np(kept_q), "k": _np(kept_k), "lse": _np(lse)}
-                    arrays |= _rule_arrays(rule) | summary.arrays()
-                    arrays |= self._values(layer, v)
+                    arrays |= _rule_arrays(rule) | summary.arrays() | self._values(layer, v)
+                    arrays |= self._writes(layer, v, summary)
                     about |= {
                         "form": EXACT, "error": error, "scale": rule.scale,
                         "softcap": rule.softcap, "precision": str(dtype).removeprefix("torch."),
                         **summary.about(),
                     }  # fmt: skip
                     return arrays, about
-            note = f"recomputed rows differ from the model's own by {error:.1e}"
-        arrays, more = _by_rows(calls, entry, layer.n_heads)
-        return arrays, about | more | {"note": note}
+                note = f"recomputed rows differ from the model's own by {error:.1e}"
+        summary = Summary(entry, layer.n_heads)
+        arrays, whole = by_rows(calls, summary, layer.n_heads)
+        about |= {"form": ROWS if whole else TOP, "error": None, "note": note, **summary.about()}
+        return arrays | summary.arrays(), about
 
     def _values(self, layer: "Layer", v: Tensor) -> dict[str, np.ndarray]:
         """[head, key] norm of what a head writes for each key: ‖v_j W_O‖."""
@@ -279,24 +341,44 @@ class _Writer:
             w = self.model.w_o(layer).float()
         except (SiteError, AttributeError, RuntimeError):
             return {}
-        group = layer.n_heads // v.shape[0]
         if w.shape[1] != v.shape[-1]:
             return {}
-        out = torch.stack([(v[h // group].float() @ w[h]).norm(dim=-1) for h in range(len(w))])
+        group = layer.n_heads // v.shape[0]
+        # ‖v W‖ = ‖v Rᵀ‖ with Wᵀ = QR: R is only as large as a head.
+        r = torch.linalg.qr(w.transpose(1, 2), mode="r").R
+        out = torch.stack([(v[h // group].float() @ r[h].T).norm(dim=-1) for h in range(len(w))])
         return {"value_norm": _np(out)}
+
+    def _writes(self, layer: "Layer", v: Tensor, summary: Summary) -> dict[str, np.ndarray]:
+        """What each head of the text decoder writes for the keys that it likes most."""
+        if layer.tower != DEFAULT_TOWER or layer.cross:
+            return {}
+        read = self.prompt if self.decoder is None else self.decoder
+        made = written(self.model, layer, v, summary.received, read.tokens, self.unembedding)
+        for name in ("write_up", "write_down"):
+            self.named.update(made[name].ravel().tolist() if made else ())
+        return made
+
+
+def _dictionary(model: "Model", tokens: Collection[int]) -> dict[int, str]:
+    listed = sorted(tokens)
+    return dict(zip(listed, words(model, listed), strict=True))
+
+
+def _tolerance(calls: Sequence[AttnCall]) -> float:
+    """What may differ: a model that materialises its pattern in 16 bits has rounded its own."""
+    own = (torch.finfo(c.pattern.dtype).eps for c in calls if c.pattern is not None)
+    return max(TOLERANCE, *(4 * eps for eps in own), 0.0)
 
 
 def _copied(call: AttnCall) -> AttnCall:
-    from dataclasses import replace
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.clone()
 
-    parts = {
-        n: None if x is None else x.clone()
-        for n, x in (("q", call.q), ("k", call.k), ("v", call.v), ("pattern", call.pattern))
-    }
-    return replace(call, **parts)
+    return replace(call, q=own(call.q), k=own(call.k), v=own(call.v), pattern=own(call.pattern))
 
 
-def _labels(row: Prompt) -> list[str]:
+def _patch_labels(row: Prompt) -> list[str]:
     """What each position of a row of a vision tower stands for."""
     out = ["·"] * len(row)
     for name, ranges in row.spans.items():
@@ -320,94 +402,3 @@ def _rule_arrays(rule: Rule) -> dict[str, np.ndarray]:
         if value is not None:
             arrays[name] = _np(value.float())
     return arrays
-
-
-def _swept(q: Tensor, k: Tensor, rule: Rule, summary: Summary) -> Tensor:
-    """Log-sum-exp of every row [head, query], and on the way what is summed up."""
-    n_heads, n_query = q.shape[:2]
-    group = n_heads // k.shape[0]
-    lse = q.new_zeros(n_heads, n_query, dtype=torch.float32)
-    for kv in range(k.shape[0]):
-        heads = slice(kv * group, (kv + 1) * group)
-        part = rule.of(heads)
-        keys = k[kv].float()[None]
-        for at in range(0, n_query, summary.step(BLOCK)):
-            stop = min(at + summary.step(BLOCK), n_query)
-            for h in range(heads.start, heads.stop):
-                one = part.of(slice(h - heads.start, h - heads.start + 1))
-                s, _ = one.scores(q[h : h + 1, at:stop].float(), keys, at)
-                lse[h, at:stop] = rule.lse(s, slice(h, h + 1))[0]
-                p = s.sub_(lse[h, at:stop, None]).exp_()[0]
-                summary.add(h, at, p, rule.low[at:stop], rule.high[at:stop])
-    return lse
-
-
-def _compared(calls: list[AttnCall], q: Tensor, k: Tensor, lse: Tensor, rule: Rule) -> float:
-    """Largest difference of recomputed rows from the model's own."""
-    n_heads, n_query = q.shape[:2]
-    group = n_heads // k.shape[0]
-    chosen = np.random.default_rng(0).choice(n_query, min(CHECKED, n_query), replace=False)
-    worst, at, first = 0.0, 0, 0
-    for call in calls:
-        for b in range(call.z.shape[0]):
-            here = torch.tensor(
-                sorted(int(i) - at for i in chosen if at <= i < at + call.n_query),
-                dtype=torch.long, device=q.device,
-            )  # fmt: skip
-            if len(here):
-                keys = slice(first, first + call.n_key)
-                for h in range(n_heads):
-                    want = call.rows(b, slice(h, h + 1), here)[0].float()
-                    one = rule.of(slice(h, h + 1))
-                    for n, i in enumerate((here + at).tolist()):
-                        row, key = q[h : h + 1, i : i + 1].float(), k[h // group][None].float()
-                        s, _ = one.scores(row, key, i)
-                        got = (s[0, 0] - lse[h, i]).exp()[keys]
-                        worst = max(worst, float((got - want[n]).abs().max()))
-            at, first = at + call.n_query, first + call.n_key
-    return worst
-
-
-def _by_rows(
-    calls: list[AttnCall], entry: Mapping[str, Any], n_heads: int
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A layer kept by its rows: whole, or the largest entries of each."""
-    n_query, n_key = int(entry["n_query"]), int(entry["n_key"])
-    summary = Summary(entry, n_heads)
-    whole = max(n_query, n_key) <= WHOLE
-    arrays: dict[str, np.ndarray]
-    if whole:
-        arrays = {"pattern": np.zeros((n_heads, n_query, n_key), np.float16)}
-    else:
-        kept = min(LARGEST, n_key)
-        arrays = {
-            "top_key": np.zeros((n_heads, n_query, kept), np.int32),
-            "top_mass": np.zeros((n_heads, n_query, kept), np.float16),
-        }
-    low, high = np.zeros(n_query, np.int32), np.full(n_query, n_key, np.int32)
-    at = first = 0
-    for call in calls:
-        for b in range(call.z.shape[0]):
-            own = slice(first, first + call.n_key)
-            low[at : at + call.n_query], high[at : at + call.n_query] = own.start, own.stop
-            if call.causal:
-                high[at : at + call.n_query] = first + 1 + np.arange(call.n_query)
-            step = summary.step(BLOCK)
-            # Blocks fall on the cells of the summary, wherever the row begins.
-            for start in range(at // step * step, at + call.n_query, step):
-                i, j = max(start, at), min(start + step, at + call.n_query)
-                for h in range(n_heads):
-                    rows = call.rows(b, slice(h, h + 1), slice(i - at, j - at))[0].float()
-                    p = rows.new_zeros(j - i, n_key)
-                    p[:, own] = rows
-                    spans = (torch.as_tensor(x[i:j], device=p.device) for x in (low, high))
-                    summary.add(h, i, p, *spans)
-                    if whole:
-                        arrays["pattern"][h, i:j] = _np(p)
-                    else:
-                        mass, key = p.topk(arrays["top_key"].shape[-1])
-                        arrays["top_key"][h, i:j] = _np(key)
-                        arrays["top_mass"][h, i:j] = _np(mass)
-            at, first = at + call.n_query, first + call.n_key
-    arrays |= {"low": low, "high": high} | summary.arrays()
-    return arrays, {"form": ROWS if whole else TOP, "error": None, **summary.about()}

@@ -51,7 +51,7 @@ def encode(p: Float[np.ndarray, "..."], seen: np.ndarray | bool = True) -> UInt8
     codes = np.sqrt(np.clip(np.nan_to_num(p), 0.0, 1.0))
     codes *= LEVELS
     codes += 1.5  # cast truncates: this rounds
-    out = codes.astype(np.uint8)
+    out: np.ndarray = codes.astype(np.uint8)
     if seen is not True:
         out = np.where(seen, out, np.uint8(0))
     return out

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.seam.calls import MASKED, AttnCall
@@ -26,6 +26,7 @@ class Rule:
         scale: factor on q·k.
         softcap: s becomes softcap·tanh(s/softcap), or None.
         sinks: [head] learned sink logits, or None.
+        keys: number of keys.
         low: [query] first key that each query sees.
         high: [query] the key after the last that it sees.
         bias_key: [head, key] added to scores, or None.
@@ -35,42 +36,88 @@ class Rule:
     scale: float
     softcap: float | None
     sinks: Float[Tensor, " head"] | None
+    keys: int
     low: Int[Tensor, " query"]
     high: Int[Tensor, " query"]
     bias_key: Float[Tensor, "head key"] | None = None
     bias_offset: Float[Tensor, "head offset"] | None = None
 
+    def block(self, rows: Int[Tensor, " row"], cell: int = 1) -> "Block":
+        """Some rows, and the keys that any of them sees, widened to whole cells of keys."""
+        low, high = self.low[rows], self.high[rows]
+        some = high > low
+        if not bool(some.any()):
+            none = torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
+            return Block(rows, slice(0, 0), none, (0, 0))
+        first = int(low[some].min()) // cell * cell
+        last = min(self.keys, -(-int(high[some].max()) // cell) * cell)
+        keys = torch.arange(first, last, device=rows.device)
+        seen = (keys >= low[:, None]) & (keys < high[:, None])
+        start, stop = int(low.max()) - first, int(high.min()) - first
+        return Block(rows, slice(first, last), seen, (start, stop) if start < stop else (0, 0))
+
     def scores(
-        self, q: Float[Tensor, "head row d"], k: Float[Tensor, "head key d"], start: int
-    ) -> tuple[Float[Tensor, "head row key"], Tensor]:
-        """Scores of rows from `start` on, −inf where a key is not seen; and what is seen."""
-        s = q @ k.transpose(1, 2) * self.scale
+        self, head: int, q: Float[Tensor, "row d"], k: Float[Tensor, "key d"], block: "Block"
+    ) -> Float[Tensor, "row key"]:
+        """Scores of a block's rows over its keys; `MASKED` where a key is not seen.
+
+        Args:
+            head: query head of the layer.
+            q: queries of these rows, in single precision.
+            k: keys of the whole prompt, in single precision.
+            block: the rows and keys.
+        """
+        s = (q * self.scale) @ k[block.keys].T
         if self.softcap is not None:
             s = s.div_(self.softcap).tanh_().mul_(self.softcap)
-        rows = torch.arange(start, start + q.shape[1], device=q.device)
-        keys = torch.arange(k.shape[1], device=q.device)
         if self.bias_key is not None:
-            s += self.bias_key[:, None].to(s)
+            s += self.bias_key[head, block.keys].to(s)
         if self.bias_offset is not None:
-            place = keys[None] - rows[:, None] + len(self.low) - 1
-            s += self.bias_offset.to(s)[:, place]
-        seen = (keys >= self.low[rows, None]) & (keys < self.high[rows, None])
-        return s.masked_fill_(~seen, float("-inf")), seen
+            # Entry j − i + n_query − 1 belongs to the pair (i, j).
+            first = block.keys.start - block.rows.long() + len(self.low) - 1
+            s += self.bias_offset[head].to(s).unfold(0, s.shape[1], 1)[first]
+        start, stop = block.free
+        hidden = ~block.seen
+        for part in (slice(0, start), slice(stop, None)):
+            s[:, part].masked_fill_(hidden[:, part], MASKED)
+        return s
 
-    def lse(self, s: Float[Tensor, "head row key"], heads: slice) -> Float[Tensor, "head row"]:
-        """Log-sum-exp of whole rows, learned sinks included; 0 in rows that see no key."""
-        out = torch.logsumexp(s, -1)
+    def lse(
+        self, head: int, s: Float[Tensor, "row key"], block: "Block"
+    ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row key"], Float[Tensor, " row"]]:
+        """Log-sum-exp of whole rows of scores, learned sinks included; p; and its entropy.
+
+        Rows that see no key have log-sum-exp 0 and no mass. Scores are overwritten.
+        """
+        top = s.amax(-1)
+        s -= top[:, None]
+        p = torch.exp(s)
+        total = p.sum(-1)
+        lse = top + total.log()
         if self.sinks is not None:
-            out = torch.logaddexp(out, self.sinks[heads].to(out)[:, None])
-        return torch.where(out.isfinite(), out, torch.zeros_like(out))
+            lse = torch.logaddexp(lse, self.sinks[head].to(lse))
+        some = block.seen.any(-1)
+        factor = torch.exp(top - lse) * some
+        # −Σ p log p with log p = s − (LSE − top): no logarithm is taken of any entry.
+        entropy = factor * (total * (lse - top) - torch.linalg.vecdot(p, s))
+        return lse * some, p.mul_(factor[:, None]), entropy
 
-    def of(self, heads: slice) -> "Rule":
-        """The rule of some heads."""
-        part = {
-            name: None if value is None else value[heads]
-            for name, value in (("bias_key", self.bias_key), ("bias_offset", self.bias_offset))
-        }
-        return replace(self, **part)
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a map and the keys they are looked up in.
+
+    Attributes:
+        rows: [row] queries.
+        keys: the keys.
+        seen: [row, key] which of them each row sees.
+        free: columns of the block that all rows see: first, and the one after the last.
+    """
+
+    rows: Int[Tensor, " row"]
+    keys: slice
+    seen: Bool[Tensor, "row key"]
+    free: tuple[int, int]
 
 
 @torch.no_grad()
@@ -84,7 +131,7 @@ def rule_of(call: AttnCall, b: int = 0) -> Rule | str:
     high = torch.full_like(low, n_key)
     if call.causal:
         high = (torch.arange(n_query, device=device, dtype=torch.int32) + 1).clamp(max=n_key)
-    rule = Rule(call.scale, call.softcap, call.sinks, low, high)
+    rule = Rule(call.scale, call.softcap, call.sinks, n_key, low, high)
     if call.mask is None:
         return rule
     mask = call.mask[b if call.mask.shape[0] > 1 else 0]
@@ -158,4 +205,5 @@ def joined(calls: Sequence[AttnCall]) -> tuple[Tensor, Tensor, Tensor, Rule] | s
     starts = torch.tensor([0, *(k.shape[1] for k in ks)]).cumsum(0).tolist()
     low = torch.cat([r.low + at for r, at in zip(rules, starts, strict=False)])
     high = torch.cat([r.high + at for r, at in zip(rules, starts, strict=False)])
-    return torch.cat(qs, 1), torch.cat(ks, 1), torch.cat(vs, 1), replace(first, low=low, high=high)
+    whole = replace(first, keys=starts[-1], low=low, high=high)
+    return torch.cat(qs, 1), torch.cat(ks, 1), torch.cat(vs, 1), whole

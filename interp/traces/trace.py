@@ -26,13 +26,21 @@ from jaxtyping import Float
 from interp.errors import HeadIdError, InputError, RunError, UnknownNameError
 from interp.files import disk_errors, read_json, read_part, read_table
 from interp.headid import HeadId
+from interp.traces.calm import one_thread
 from interp.traces.pooling import CELLS, Window, aligned, encode, pooled
+from interp.traces.recent import Recent
 
 SCHEMA, VERSION = "headscope.trace", 1
 FOLDER, INFO, PICTURES = "traces", "trace.json", "pictures.safetensors"
+WORDS = "words.json"
 EXACT, ROWS, TOP = "exact", "rows", "top"
 LARGEST = 4096
-"""Entries a side that a window computes; a wider one is answered from a coarser level, if kept."""
+"""A window of more entries than a square of this side is answered from a coarser level, if kept."""
+_ENTRIES = 1 << 20
+_NONE = np.float32(-np.inf)
+_RECENT = Recent(128 << 20)
+Places = slice | np.ndarray
+"""Some positions: a range, or one by one."""
 
 
 def traces_of(run_folder: str | Path) -> "dict[str, Trace]":
@@ -61,15 +69,18 @@ class Trace:
         self.info: Mapping[str, Any] = read_json(self.folder / INFO)
         if self.info.get("schema") != SCHEMA:
             raise RunError(f"{self.folder} must hold a trace; its schema is not {SCHEMA!r}")
-        if int(self.info.get("version", 0)) > VERSION:
+        kinds = {"version": int, "tokens": list, "towers": dict, "spans": dict, "id": str}
+        for name, kind in kinds.items():
+            if not isinstance(self.info.get(name), kind):
+                raise RunError(
+                    f"{self.folder / INFO} is damaged: {name!r} must be a {kind.__name__}"
+                )
+        if self.info["version"] > VERSION:
             raise RunError(
                 f"{self.folder} is a trace of version {self.info['version']}; this program reads "
                 f"version {VERSION}",
                 hint="update headscope",
             )
-        for name, kind in {"tokens": list, "towers": dict, "spans": dict, "id": str}.items():
-            if not isinstance(self.info.get(name), kind):
-                raise RunError(f"{self.folder / INFO} is damaged: {name!r} must be a {kind}")
 
     @property
     def key(self) -> str:
@@ -126,6 +137,12 @@ class Trace:
             raise HeadIdError(f"{head} is outside this trace: the layer has {layer.n_heads} heads")
         return HeadTrace(layer, head.head)
 
+    @cached_property
+    def words(self) -> Mapping[str, str]:
+        """Texts of token ids that `HeadTrace.writes` names; empty in older traces."""
+        path = self.folder / WORDS
+        return {str(k): str(v) for k, v in read_json(path).items()} if path.exists() else {}
+
     @property
     def has_pictures(self) -> bool:
         """Whether the prompt has images."""
@@ -139,6 +156,23 @@ class Trace:
             RunError: there are none, or they are damaged.
         """
         return read_table(self.folder / PICTURES)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a head writes when it looks at a key.
+
+    Attributes:
+        key: position of the key.
+        rank: place of the key's own token among those that are raised; 1 is a copy.
+        up: tokens whose logits rise most.
+        down: tokens whose logits fall most.
+    """
+
+    key: int
+    rank: int
+    up: tuple[str, ...]
+    down: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -236,6 +270,25 @@ class LayerTrace:
         """
         return read_part(self.path, name, *at)
 
+    def part(self, name: str, head: int, at: "Places") -> np.ndarray:
+        """Some places of an array [head, place, …], by a range or one by one."""
+        if isinstance(at, slice):
+            return self.array(name, head, at)
+        first = int(at.min())
+        some: np.ndarray = self.array(name, head, slice(first, int(at.max()) + 1))[at - first]
+        return some
+
+    def keys(self, kv: int, at: "Places") -> Float[np.ndarray, "key d"]:
+        """Keys of a key-value group in single precision."""
+        few = isinstance(at, slice) and 2 * (at.stop - at.start) < self.tower.n_key
+        if few or not isinstance(at, slice):
+            return self.part("k", kv, at).astype(np.float32)
+        with disk_errors(self.path, "read"):
+            # Another trace may lie at this path by now.
+            key = str(self.path), self.path.stat().st_mtime_ns, kv
+        keys: np.ndarray = _RECENT.get(key, lambda: self.array("k", kv).astype(np.float32))[at]
+        return keys
+
     @cached_property
     def _span(self) -> tuple[np.ndarray, np.ndarray]:
         return self.array("low"), self.array("high")
@@ -280,18 +333,30 @@ class HeadTrace:
         """
         return self.layer.array(name, self.head)
 
+    def writes(self) -> "list[Written]":
+        """What the head writes for the keys that it likes most; empty where that was not kept."""
+        if "write_key" not in self.layer.names():
+            return []
+        words = self.layer.tower.trace.words
+        keys, ranks, up, down = (
+            self.layer.array(f"write_{name}", self.head).tolist()
+            for name in ("key", "rank", "up", "down")
+        )
+        return [
+            Written(
+                key, rank, *(tuple(words.get(str(t), f"#{t}") for t in side) for side in (u, d))
+            )
+            for key, rank, u, d in zip(keys, ranks, up, down, strict=True)
+            if key >= 0
+        ]
+
     def rows(self, queries: np.ndarray | list[int]) -> Float[np.ndarray, "row key"]:
         """Whole rows of the map; NaN where a query does not see a key.
 
         Raises:
             InputError: a query is outside the prompt.
         """
-        at = self._checked(queries, self.n_query, "query")
-        if len(at) and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all():
-            log, seen = self._log(slice(int(at[0]), int(at[-1]) + 1), slice(0, self.n_key))
-        else:
-            parts = [self._log(slice(i, i + 1), slice(0, self.n_key)) for i in at.tolist()]
-            log, seen = (np.concatenate(x) for x in zip(*parts, strict=True))
+        log, seen = self._log(self._checked(queries, self.n_query, "query"), self._keys)
         return np.where(seen, np.exp(log), np.float32(np.nan))
 
     def columns(self, keys: np.ndarray | list[int]) -> Float[np.ndarray, "key query"]:
@@ -301,8 +366,8 @@ class HeadTrace:
             InputError: a key is outside the prompt.
         """
         at = self._checked(keys, self.n_key, "key")
-        parts = [self._log(slice(0, self.n_query), slice(j, j + 1)) for j in at.tolist()]
-        return np.stack([np.where(seen, np.exp(log), np.nan)[:, 0] for log, seen in parts])
+        log, seen = self._log(slice(0, self.n_query), at)
+        return np.where(seen, np.exp(log), np.float32(np.nan)).T
 
     def block(self, q: tuple[int, int], k: tuple[int, int]) -> Float[np.ndarray, "query key"]:
         """Every entry of a window of the map; NaN where a query does not see a key.
@@ -328,13 +393,18 @@ class HeadTrace:
         self._check(q, k)
         q0, q1, pool_q = aligned(*q, self.n_query, cells)
         k0, k1, pool_k = aligned(*k, self.n_key, cells)
-        kept = self._level(pool_q, pool_k, max(q1 - q0, k1 - k0))
+        kept = self._level(pool_q, pool_k, (q1 - q0) * (k1 - k0))
         if kept is not None:
             return self._pooled_level(kept, q, k, cells)
-        log, seen = self._log(slice(q0, q1), slice(k0, k1))
-        # exp grows with its argument: pooled first, it is taken of few entries.
-        log = pooled(np.where(seen, log, -np.inf), pool_q, pool_k)
-        return Window(encode(np.exp(log), log > -np.inf), q0, k0, q1, k1, pool_q, pool_k)
+        step = max(1, _ENTRIES // (k1 - k0) // pool_q) * pool_q
+        parts = []
+        for at in range(q0, q1, step):
+            log, seen = self._log(slice(at, min(at + step, q1)), slice(k0, k1))
+            np.copyto(log, np.float32(-np.inf), where=~seen)
+            # exp grows with its argument: pooled first, it is taken of few entries.
+            log = pooled(log, pool_q, pool_k)
+            parts.append(encode(np.exp(log), log > _NONE))
+        return Window(np.concatenate(parts), q0, k0, q1, k1, pool_q, pool_k)
 
     def overview(self) -> Window:
         """The whole map, as it was pooled at capture."""
@@ -342,13 +412,13 @@ class HeadTrace:
         p_q, p_k = (int(x) for x in self.layer.about["overview"])
         return Window(codes, 0, 0, self.n_query, self.n_key, p_q, p_k)
 
-    def _level(self, pool_q: int, pool_k: int, width: int) -> str | None:
+    def _level(self, pool_q: int, pool_k: int, entries: int) -> str | None:
         """The coarsest level that was kept and still resolves a window."""
         for name in ("overview", "middle"):
             if name in self.layer.about:
                 p_q, p_k = (int(x) for x in self.layer.about[name])
                 fine = p_q <= pool_q and p_k <= pool_k
-                if fine or (width > LARGEST and name == "middle"):
+                if fine or (entries > LARGEST**2 and name == "middle"):
                     return name
         return None
 
@@ -365,40 +435,50 @@ class HeadTrace:
             p_q * more_q, p_k * more_k,
         )  # fmt: skip
 
-    def _log(self, q: slice, k: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Logarithm of a window's entries, and which of them are seen."""
+    @property
+    def _keys(self) -> slice:
+        return slice(0, self.n_key)
+
+    def _log(self, q: Places, k: Places) -> tuple[np.ndarray, np.ndarray]:
+        """Logarithm of the entries of some queries and keys, and which of them are seen."""
         layer = self.layer
         low, high = layer._span
-        places = np.arange(k.start, k.stop, dtype=np.int32)
-        seen = (places >= low[q, None]) & (places < high[q, None])
-        if layer.form == ROWS:
+        keys = np.arange(k.start, k.stop, dtype=np.int32) if isinstance(k, slice) else k
+        seen = (keys >= low[q][:, None]) & (keys < high[q][:, None])
+        if layer.form != EXACT:
+            p = layer.part("pattern", self.head, q)[:, k] if layer.form == ROWS else self._top(q, k)
             with np.errstate(divide="ignore"):
-                return np.log(layer.array("pattern", self.head, q, k).astype(np.float32)), seen
-        if layer.form == TOP:
-            return self._sparse(q, k), seen
-        queries = layer.array("q", self.head, q).astype(np.float32)
-        keys = layer.array("k", self.kv, k).astype(np.float32)
-        s = queries @ (keys.T * np.float32(layer.about["scale"]))
+                # A pattern is NaN where a mask that is no rule hides a key.
+                return np.log(p.astype(np.float32)), seen & ~np.isnan(p)
+        queries = layer.part("q", self.head, q).astype(np.float32)
+        queries *= np.float32(layer.about["scale"])
+        with one_thread():
+            s = queries @ layer.keys(self.kv, k).T
         cap = layer.about.get("softcap")
         if cap is not None:
             s = np.tanh(s / np.float32(cap)) * np.float32(cap)
         if "bias_key" in layer.names():
-            s += layer.array("bias_key", self.head, k)
+            s += layer.part("bias_key", self.head, k)
         if "bias_offset" in layer.names():
-            # Entry j − i + n_query − 1 belongs to the pair (i, j).
-            first = k.start - (q.stop - 1) + self.n_query - 1
-            bias = layer.array("bias_offset", self.head, slice(first, first + sum(s.shape) - 1))
-            s += np.lib.stride_tricks.sliding_window_view(bias, s.shape[1])[::-1]
-        s -= layer.array("lse", self.head, q)[:, None]
+            s += self._offsets(q, keys)
+        s -= layer.part("lse", self.head, q)[:, None]
         return np.minimum(s, np.float32(0.0), out=s), seen
 
-    def _sparse(self, q: slice, k: slice) -> np.ndarray:
-        at = self.layer.array("top_key", self.head, q)
-        mass = self.layer.array("top_mass", self.head, q).astype(np.float32)
-        dense = np.zeros((q.stop - q.start, self.n_key), np.float32)
-        np.put_along_axis(dense, at.astype(np.int64), mass, axis=1)
-        with np.errstate(divide="ignore"):
-            return np.log(dense[:, k])
+    def _offsets(self, q: Places, keys: np.ndarray) -> np.ndarray:
+        """What is added by distance: entry j − i + n_query − 1 belongs to the pair (i, j)."""
+        queries = np.arange(q.start, q.stop) if isinstance(q, slice) else q
+        bias = self.layer.array("bias_offset", self.head)
+        added: np.ndarray = bias[keys[None] - queries[:, None] + self.n_query - 1]
+        return added
+
+    def _top(self, q: Places, k: Places) -> np.ndarray:
+        at = self.layer.part("top_key", self.head, q).astype(np.int64)
+        dense = np.zeros((len(at), self.n_key), np.float32)
+        # Entries beyond a row's keys are zero, and must not overwrite others.
+        np.maximum.at(
+            dense, (np.arange(len(at))[:, None], at), self.layer.part("top_mass", self.head, q)
+        )
+        return dense[:, k]
 
     def _check(self, q: tuple[int, int], k: tuple[int, int]) -> None:
         for name, (start, stop), n in (("queries", q, self.n_query), ("keys", k, self.n_key)):

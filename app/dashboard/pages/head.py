@@ -91,8 +91,9 @@ def layout(site: Site) -> "Component":
                             html.H2("Map"),
                             tools,
                             html.Div(
-                                dcc.Graph(id="head-map", config=graph), role="img",
-                                id="head-map-box", **{"aria-labelledby": "head-map-text"},
+                                dcc.Graph(id="head-map", config=graph), role="group",
+                                id="head-map-box", **{"aria-label": "attention map",
+                                                        "aria-describedby": "head-map-text"},
                             ),
                             html.P(id="head-map-text", className="faint"),
                         ],

@@ -47,7 +47,7 @@ def layout(site: Site) -> "Component":
                 ],
                 className="row",
             ),
-            grid("runs-table", COLUMNS, key="run", choose="multiRow", label="runs"),
+            grid("runs-table", COLUMNS, key="run", choose="multiRow", label="table of runs"),
         ]
     )
 

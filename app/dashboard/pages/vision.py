@@ -2,44 +2,29 @@
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from app.dashboard.grids import grid, number_column
 from app.dashboard.page import Feed, Page, Site, enter, head_of, told
 from app.dashboard.pages.heads import HEAD
-from app.dashboard.vision import (
-    MASS,
-    best_heads,
-    box_names,
-    budget,
-    own_query,
-    pointing,
-    query_of,
-    shift_of,
-    towers_of,
-    visual_tables,
-)
+from app.dashboard.vision import query_of, towers_of
+from app.dashboard.vision_heads import MASS, best_heads, visual_tables
+from app.dashboard.vision_panels import drawn_budget, nothing, pointed, seen_tower, traced
 from app.dashboard.vision_routes import routes
-from app.figures.maps import marked
 from app.figures.style import said
-from app.figures.vision import budget_bars
 from interp.errors import InterpError, RunError
 
 if TYPE_CHECKING:
     from dash import Dash
     from dash.development.base_component import Component
 
-    from app.dashboard.library import OpenRun
-    from interp.traces.trace import Trace
-
+PLAIN = {"filter": False}  # so few columns need their room for their names
 COLUMNS = (
-    HEAD,
-    number_column("pointing", "Hits", width=90, digits=3),
-    number_column("share", "In box", width=100, digits=3),
-    number_column("chance", "Chance", width=105, digits=3),
-    number_column("lift", "× chance", width=115, digits=3),
-    number_column("mass", "Image", width=100, digits=3),
-    {"field": "n", "headerName": "n", "width": 70, "type": "numericColumn"},
+    {**HEAD, **PLAIN, "width": 122},
+    {**number_column("pointing", "Hits", width=68, digits=3), **PLAIN},
+    {**number_column("share", "In box", width=82, digits=3), **PLAIN},
+    {**number_column("chance", "Chance", width=86, digits=3), **PLAIN},
+    {**number_column("lift", "× chance", width=108, digits=3), **PLAIN},
+    {**number_column("mass", "Image", width=90, digits=3), **PLAIN},
+    {"field": "n", "headerName": "n", "width": 54, "type": "numericColumn", **PLAIN},
 )
 
 
@@ -222,126 +207,6 @@ def wire(app: "Dash", site: Site) -> None:
     )  # fmt: skip
 
 
-def traced(run: "OpenRun", feed: Feed) -> "Trace":
-    """The trace that a feed names; the first with images if it names none.
-
-    Raises:
-        RunError: the run has no traces.
-        UnknownNameError: no such trace.
-    """
-    if "prompt" in feed:
-        return run.trace(feed["prompt"])
-    first = run.trace(None)
-    return next((t for t in run.traces.values() if t.has_pictures), first)
-
-
-def seen_tower(trace: "Trace", feed: Feed) -> str:
-    """The tower that a feed names, if its positions stand for pixels; else the first of which so.
-
-    Raises:
-        RunError: there is none.
-    """
-    towers = towers_of(trace)
-    return feed["tower"] if feed.get("tower") in towers else towers[0]
-
-
-def nothing(site: Site, feed: Feed, error: InterpError) -> "list[Component]":
-    """Why there is nothing to see, and the command that makes it."""
-    from dash import html
-
-    out = [html.P(told(error), className="alert", role="alert")]
-    if "run" not in feed:
-        return out
-    try:
-        found = site.run(feed)
-    except InterpError:
-        return out
-    others = [(key, t.id) for key, t in found.traces.items() if t.has_pictures]
-    if others and "prompt" in feed:
-        links = [
-            html.Li(html.A(name, href=f"/r/{found.name}/vision?p={key}")) for key, name in others
-        ]
-        return [*out, html.P("Prompts of this run with images:"), html.Ul(links[:40])]
-    model = found.info.get("model") or found.info.get("key", {}).get("model") or "MODEL"
-    return [
-        *out,
-        html.P("A trace of a prompt with an image is made by:"),
-        html.Pre(
-            f"headscope capture --model {model} --image PICTURE.png --prompt TEXT", tabIndex="0"
-        ),
-    ]
-
-
-def drawn_budget(run: "OpenRun", feed: Feed) -> Any:
-    """The bars of a feed, and the same in words.
-
-    Raises:
-        InterpError: there is no such trace, or it is damaged.
-    """
-    trace = traced(run, feed)
-    tower = seen_tower(trace, feed)
-    found = trace.tower(tower)
-    query = query_of(trace, tower, feed.get("lock"))
-    heads, mass = budget(trace, tower, query, by_segment=feed.get("vsource") == "segment")
-    layer_of = np.array([h.layer for h in heads])
-    head = head_of({**feed, "tower": tower})
-    layer = head.layer if head is not None and head.layer in found.layers else int(layer_of[0])
-    whose = words(trace, tower, query, by_segment=feed.get("vsource") == "segment")
-    if feed.get("vsplit") == "heads":
-        bars, at = mass[layer_of == layer], list(range(int((layer_of == layer).sum())))
-        axis, pointer = "head", head.head if head is not None else None
-        text = f"Heads of layer {layer} of {tower}. {whose}."
-    else:
-        at = sorted(found.layers)
-        bars = np.stack([mass[layer_of == i].mean(0) for i in at])
-        axis, pointer = "layer", layer
-        text = f"Mean over the heads of each layer of {tower}. {whose}."
-    if "image" in found.segments:
-        images = bars[:, found.segments.index("image")]
-        best = int(images.argmax())
-        text += f" The image gets most in {axis} {at[best]}: {images[best]:.2f}."
-    figure = budget_bars(
-        bars, found.segments, at, axis=axis, theme=feed.get("theme"), marked=pointer
-    )
-    return figure, text
-
-
-def words(trace: "Trace", tower: str, query: int | None, *, by_segment: bool) -> str:
-    """Which queries a budget is that of."""
-    found = trace.tower(tower)
-    if query is None:
-        return "Mean over all queries"
-    if by_segment:
-        name = found.segments[found.about["query_segments"][query]]
-        return f"Mean over the queries of segment {name}"
-    label = marked(found.labels("query")[query])
-    own = ", the prompt's own" if query == own_query(trace, tower) else ""
-    return f"From {label} ({query + shift_of(found)}){own}"
-
-
-def pointed(
-    run: "OpenRun", tower: str, box: str | None
-) -> tuple[list[dict[str, Any]], str, list[str], str]:
-    """Rows of the table of pointing, a line on them, names of boxes, and the one that was taken."""
-    traces = list(run.traces.values())
-    names = box_names(traces)
-    if not names:
-        line = "No prompt of this run names a box: boxes in a file of prompts do, or a task's own."
-        return [], line, [], ""
-    name = box if box in names else names[0]
-    rows = pointing(traces, tower, name)
-    n = max((r["n"] for r in rows), default=0)
-    if not n:
-        return [], f"No patch of {tower} touches a box named {name}.", names, name
-    few = " With so few, a head may hit by luck." if n < 20 else ""
-    line = (
-        f"{n} prompts with a box {name}, each from its own query. Hits: how often the patch with "
-        f"the largest mass touches the box. In the box: share of the image mass on patches that "
-        f"touch it. By chance: share of patches that touch it.{few}"
-    )
-    return rows, line, names, name
-
-
 def python(site: Site, feed: Feed) -> str:
     """The Python that reads the same row."""
     if "run" not in feed:
@@ -354,10 +219,10 @@ def python(site: Site, feed: Feed) -> str:
     query = query_of(trace, tower, feed.get("lock"))
     row = (
         f"row = head.rows([{query}])[0]" if query is not None
-        else "row = head.block((0, head.n_query), (0, head.n_key)).mean(0)"
+        else "row = np.nan_to_num(head.block((0, head.n_query), (0, head.n_key))).mean(0)"
     )  # fmt: skip
     return (
-        "from interp.traces import Trace\n\n"
+        "import numpy as np\nfrom interp.traces import Trace\n\n"
         f"trace = Trace({str(trace.folder)!r})\n"
         f"head = trace.head({str(name)!r})\n{row}\n"
         f'boxes = trace.pictures[0]["{tower}/boxes"]  # pixels of each position; NaN: none'

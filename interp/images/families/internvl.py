@@ -1,4 +1,4 @@
-"""InternVL: tiles row by row, then the image as a whole; squares of patches a token.
+"""InternVL and Aya Vision: tiles row by row, then the image as a whole; squares of patches a token.
 
 The image is stretched to the arrangement of tiles whose shape is nearest to its own; a single tile
 is the image as a whole. Frames of a video are images of one tile each.
@@ -11,6 +11,21 @@ from interp.images.plane import Plane, Settings, Size, side
 
 @layout("internvl")
 def internvl(example: Example) -> Layout:
+    """Squares of as many patches as the resolution falls by."""
+    if example.config.vision_feature_select_strategy != "default":
+        raise UnsupportedModelError("InternVL with the class token as an image token is not known")
+    return _tiled(example, round(1 / example.config.downsample_ratio))
+
+
+@layout("aya_vision")
+def aya_vision(example: Example) -> Layout:
+    """Squares of patches of a tower without class token."""
+    if example.config.vision_feature_select_strategy != "full":
+        raise UnsupportedModelError("Aya Vision without its first patch is not known")
+    return _tiled(example, int(example.config.downsample_factor))
+
+
+def _tiled(example: Example, merge: int) -> Layout:
     """Tiles and whole of every image."""
     sizes, settings = example.known_sizes(), example.known_settings()
     settings.require("GotOcr2ImageProcessor")
@@ -24,9 +39,6 @@ def internvl(example: Example) -> Layout:
         )
     planes = [fitted(plane, pixels) for plane in planes]
     tower = example.config.vision_config
-    merge = round(1 / example.config.downsample_ratio)
-    if example.config.vision_feature_select_strategy != "default":
-        raise UnsupportedModelError("InternVL with the class token as an image token is not known")
     cells = tuple(c for p in planes for c in p.cells(patch_side(tower), merge=merge))
     rows = tuple(row_of(p, tower) for p in planes)
     return Layout(sizes, ((example.config.image_token_id, cells),), rows)

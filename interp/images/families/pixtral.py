@@ -1,7 +1,7 @@
-"""Pixtral towers, alone under LLaVA or in Mistral 3: grids of any size, row by row.
+"""Pixtral towers under LLaVA, Mistral 3 and LightOnOCR: grids of any size, row by row.
 
 An image is stretched to whole patches, its size among the inputs. All images run through the tower
-as one row. Mistral 3 merges squares of patches.
+as one row. Mistral 3 and LightOnOCR merge squares of patches.
 """
 
 from interp.errors import InputError
@@ -9,7 +9,7 @@ from interp.images.layouts import Example, Layout, layout, patch_side
 from interp.images.plane import Cell, Plane, Size
 
 
-@layout("mistral3")
+@layout("mistral3", "lighton_ocr")
 def mistral3(example: Example) -> Layout:
     """Squares of patches."""
     return pixtral(example, int(example.config.spatial_merge_size))

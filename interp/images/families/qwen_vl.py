@@ -1,22 +1,36 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: grids of any size, patches merged in squares, video in pairs.
+"""Qwen2-VL to Qwen3.5, EXAONE 4.5 and GLM-4V: grids of any size, patches merged in squares.
 
 Images are stretched to whole squares of patches, so that the grid alone says where a token looks.
 All images run through the tower as one row, frame after frame, square after square, with the
-patches of a square together; Qwen2.5-VL puts squares in order of windows first. Videos run after
-the images, as a second row.
+patches of a square together; Qwen2.5-VL and EXAONE 4.5 put squares in order of windows first.
+Frames of videos are merged in pairs. Videos run after the images, as a second row.
 """
 
 from typing import Any
 
-from interp.errors import InputError
+from interp.errors import InputError, UnsupportedModelError
 from interp.images.layouts import Example, Layout, layout, patch_side
 from interp.images.plane import Cell, Plane, Size
 
 _AROUND = ("<|vision_start|>", "<|vision_end|>")
+_GLM = ("<|begin_of_image|>", "<|end_of_image|>")
 Grid = tuple[int, int, int]
 
 
+@layout("glm4v", "glm4v_moe", "glm46v", "glm_ocr", around=_GLM, runs=True)
+def glm(example: Example) -> Layout:
+    """As Qwen's; frames of videos have the placeholder of images, so that images alone are read."""
+    if "video_grid_thw" in example.inputs:
+        raise UnsupportedModelError(
+            f"which pixels of a video each token of {example.model_type!r} stands for is not "
+            f"known; known: images"
+        )
+    return qwen_vl(example)
+
+
+@layout("exaone4_5", runs=True)
 @layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", around=_AROUND, runs=True)
+@layout("qwen3_5", "qwen3_5_moe", around=_AROUND, runs=True)
 def qwen_vl(example: Example) -> Layout:
     """Merged squares as text tokens, single patches as tokens of the tower."""
     config, tower = example.config, example.config.vision_config

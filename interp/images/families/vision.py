@@ -1,4 +1,4 @@
-"""Vision transformers by themselves: ViT, DeiT, DINOv2, DINOv3, and CLIP and SigLIP of two towers.
+"""Vision transformers by themselves, such as ViT, BEiT and DINOv3, and CLIP's kind of two towers.
 
 Every image is one row of the tower. Text of the models of two towers holds no image tokens.
 """
@@ -12,11 +12,16 @@ from interp.images.plane import prepared
 @TOWERS.register("clip_vision_model")
 @TOWERS.register("internvl_vision")
 @TOWERS.register("vit")
+@TOWERS.register("vit_msn")
+@TOWERS.register("beit")
+@TOWERS.register("data2vec-vision")
+@TOWERS.register("metaclip_2_vision_model")
 @TOWERS.register("dinov2")
 def _class_first(config: Any) -> tuple[str, ...]:
     return ("cls",)
 
 
+@TOWERS.register("ijepa")
 @TOWERS.register("siglip_vision_model")
 @TOWERS.register("idefics3_vision")
 @TOWERS.register("smolvlm_vision")
@@ -36,14 +41,15 @@ def _class_and_registers(config: Any) -> tuple[str, ...]:
 
 
 @layout("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-@layout("clip_vision_model", "siglip_vision_model")
+@layout("beit", "data2vec-vision", "ijepa", "vit_msn")
+@layout("clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model")
 def plain(example: Example) -> Layout:
     """One tower and nothing else."""
     planes = shown(example, prepared)
     return Layout(_sizes(planes, example), (), tuple(row_of(p, example.config) for p in planes))
 
 
-@layout("clip", "siglip")
+@layout("clip", "metaclip_2", "siglip")
 def dual(example: Example) -> Layout:
     """A tower for images beside one for text."""
     planes = shown(example, prepared)

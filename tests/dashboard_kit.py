@@ -1,0 +1,113 @@
+"""A served dashboard for tests: runs made once, a server in a thread, axe in the page."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import waitress
+
+from app.dashboard.jobs import Jobs
+from app.dashboard.security import Access
+from app.dashboard.server import make_app
+from heads.scoring import execute, plan
+from interp import load
+from interp.files import read_json, write_json
+from interp.run import Run
+from interp.tasks import make_task
+from interp.traces import capture
+
+HOSTILE = (
+    "</script><script>window.hacked=1</script>",
+    "<img src=x onerror='window.hacked=1'>",
+    "<b>bold</b><br>",
+    "javascript:window.hacked=1",
+    "\u202eright to left\u202c",
+    "line\nbreak\t",
+    "{{7*7}}${7*7}",
+    "[red]x[/INST]",
+    '"quoted" & <a href="http://evil.example">link</a>',
+)
+
+
+def needle_run(root: Path, name: str = "needle") -> Path:
+    """Two scores of `zoo:needle`, and a trace of its first prompt."""
+    model = load("zoo:needle")
+    made = plan(model, ["retrieval", "induction"], task="needle", n=6)
+    folder = root / name
+    about = {
+        "model": "zoo:needle",
+        "command": "headscope rank retrieval induction",
+        "task": "needle",
+    }
+    with Run.open_or_create(folder, made.key, about) as run:
+        if run.status != "complete":
+            execute(model, made, run=run)
+    prompt = make_task("needle").prompts(model, 1)[0]
+    capture(model, prompt, folder, text="the first needle prompt")
+    return folder
+
+
+def hostile(folder: Path) -> None:
+    """Write hostile texts into whatever a run says in words."""
+    for path in (folder / "traces").glob("*/trace.json"):
+        info = read_json(path)
+        for i, text in enumerate(HOSTILE):
+            info["tokens"][i + 1] = text
+        info["id"] = HOSTILE[0]
+        info["spans"][HOSTILE[2]] = [[0, 3]]
+        segments = info["towers"]["text"]["segments"]
+        segments[0] = HOSTILE[1]
+        write_json(path, info)
+    info = read_json(folder / "run.json")
+    info |= {"model": HOSTILE[1], "command": HOSTILE[0], "task": HOSTILE[2]}
+    write_json(folder / "run.json", info)
+
+
+@contextlib.contextmanager
+def served(root: Path, *, jobs: bool = False, token: str | None = None) -> Iterator[str]:
+    """The address of a server of a folder of runs, in a thread of this process."""
+    queue = Jobs(root) if jobs else None
+    listener = waitress.create_server(lambda e, s: [], host="127.0.0.1", port=0, threads=4)
+    port = int(listener.effective_port)
+    app = make_app(root, Access("127.0.0.1", port, token), queue)
+    listener.application = app.server
+    thread = threading.Thread(target=_run, args=(listener,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        listener.close()
+        if queue is not None:
+            queue.close()
+        thread.join(timeout=5)
+
+
+def _run(listener: Any) -> None:
+    # The socket is closed under its loop: that is how it ends.
+    with contextlib.suppress(OSError, ValueError):
+        listener.run()
+
+
+def ready(page: Any) -> None:
+    """Wait until the page has taken its state from the URL and every callback has answered."""
+    page.wait_for_function("() => window.headscope && window.headscope.config")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_function("() => !document.querySelector('[data-dash-is-loading=true]')")
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds wrong with the page as it is."""
+    import axe_playwright_python
+
+    (source,) = Path(axe_playwright_python.__file__).parent.glob("axe.min.js")
+    page.evaluate(source.read_text(encoding="utf-8"))
+    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']}))")
+    return [
+        f"{v['id']}: {v['help']}: "
+        + json.dumps([node["target"] for node in v["nodes"]][:4])
+        + (v["nodes"][0].get("failureSummary") or "")[:300]
+        for v in found["violations"]
+    ]
