@@ -254,7 +254,7 @@ def captured(
     """
     from app.sights import pictures_of
     from interp.memory import fitting
-    from interp.traces import capture as kept
+    from interp.traces.capture import capture as kept
 
     pictures, facts = pictures_of(model, prompt, line)
     text = line.text if line is not None else prompt.meta.get("question")

@@ -218,12 +218,20 @@ def strongest(sweep: PositionSweep, rows: str, most: int) -> list[int]:
 
 
 def cells(
-    sweep: PositionSweep, rows: str, *, example: int | None = None, by: str | None = None
+    sweep: PositionSweep,
+    rows: str,
+    *,
+    example: int | None = None,
+    by: str | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One mapping per cell: row, column, tokens, effect, interval, share, whether it is noise."""
-    found = view_of(sweep, rows, example=example, by=by)
+    """One mapping per cell: row, column, tokens, effect, interval, share, whether it is noise.
+
+    Arguments and errors are those of `view_of`.
+    """
+    found = view_of(sweep, rows, example=example, by=by, chosen=chosen)
     try:
-        shares = view_of(sweep, rows, example=example, by=by, recovered=True).values
+        shares = view_of(sweep, rows, example=example, by=by, chosen=chosen, recovered=True).values
     except InputError:
         shares = np.full(found.values.shape, np.nan)
     noise = found.noise()

@@ -132,14 +132,13 @@ def drawn(
     return draws, note
 
 
-def wanted(
-    ids: "Heads", draws: "Sequence[Mapping[HeadId, HeadId]]", each: bool
-) -> "list[Heads]":
+def wanted(ids: "Heads", draws: "Sequence[Mapping[HeadId, HeadId]]", each: bool) -> "list[Heads]":
     """The sets to run: the heads, the draws, and with `each` what else there is, each set once."""
-    sets = [ids, *(tuple(draw.values()) for draw in draws)]
+    sets: list[Heads] = [ids, *(tuple(draw.values()) for draw in draws)]
     if not each or len(ids) < 2:
         return sets
-    more = [*((h,) for h in ids), *((draw[h],) for draw in draws for h in ids)]
+    more: list[Heads] = [(h,) for h in ids]
+    more += [(draw[h],) for draw in draws for h in ids]
     more += [tuple(x for x in ids if x != h) for h in ids]
     known = {frozenset(s) for s in sets}
     for heads in more:

@@ -146,8 +146,8 @@ def test_a_metric_that_is_chosen_changes_every_view(site, page):
         "() => document.getElementById('heads-title').textContent.includes('retrieval')"
     )
     page.wait_for_function(
-        "() => { const c = document.querySelector('#heads-table .ag-row[row-index=\"0\"] [col-id=head]');"
-        " return c && c.textContent === 'L1H0'; }"
+        "() => { const row = document.querySelector('#heads-table .ag-row[row-index=\"0\"]');"
+        " return row && row.querySelector('[col-id=head]').textContent === 'L1H0'; }"
     )
 
 

@@ -10,6 +10,7 @@ from dashboard_kit import ready, served, violations
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from plotly.colors import sample_colorscale, unlabel_rgb
 
 from app.capture import captured, continued
 from app.dashboard.library import Library
@@ -76,7 +77,8 @@ def prompts(model):
 def root(tmp_path_factory, model, prompts):
     place = tmp_path_factory.mktemp("runs")
     table = scores(model, "visual-attention", {"span": "image"})
-    kept = {"shapes": prompts[:2], "pair": prompts[2:], "tiles": prompts[:1], "video": prompts[:1]}
+    kept = {"shapes": prompts[:2], "pair": prompts[2:], "bare": []}
+    kept |= {"tiles": prompts[:1], "video": prompts[:1]}
     for name, some in kept.items():
         about = {"model": "zoo:shapes-vlm", "command": "headscope capture", "batches": 1}
         with Run.open_or_create(place / name, {"name": name}, about) as run:
@@ -529,34 +531,41 @@ def test_wrong_questions_are_answered_in_a_line(client, traces, prompts, path, s
 # ---- in a browser ----
 
 
-def opened(page, site, path):
-    page.goto(f"{site}{path}")
-    ready(page)
-    page.wait_for_function("() => document.querySelector('#vision-line')")
+def opened(page, path, head, image):
+    """Show a page without loading the application anew; wait until its head is drawn."""
+    page.evaluate("(path) => window.headscope.go(path)", path)
+    drawn(page, head, image)
+
+
+def drawn(page, head, image):
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.vision-frame img')].every(i => i.complete)"
+        """([head, image]) => {
+            const line = document.getElementById('vision-line');
+            const pictures = [...document.querySelectorAll('.vision-frame img')];
+            return line && line.textContent.startsWith(head) && pictures.length &&
+                pictures.every((i) => i.complete && i.src.includes(image));
+        }""",
+        arg=[head, image],
     )
-    page.wait_for_timeout(100)
+    page.evaluate("() => new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)))")
 
 
-def test_a_deep_link_draws_the_row_on_the_image(site, page, traces, prompts):
+def test_a_deep_link_draws_the_row_and_a_dragged_box_lists_who_reads_it(
+    site, page, traces, prompts
+):
     trace = traces[prompts[0].id]
-    opened(page, site, f"/r/shapes/vision?p={trace.key}&layer=2&head=4&opacity=100&noboxes=1")
+    page.goto(f"{site}/r/shapes/vision?p={trace.key}&layer=2&head=4&opacity=100&noboxes=1")
+    ready(page)
+    drawn(page, "L2H4", trace.key)
     row = whole(trace, "L2H4")[70, 1:65].reshape(8, 8)
-    r, c = np.unravel_index(row.argmax(), row.shape)
-    line = page.inner_text("#vision-line")
-    assert line.startswith(f"L2H4 from ? (70): {row.sum():.2f} of its attention")
-    assert f"most at row {r}, column {c}." in line
     places = [np.unravel_index(i, row.shape) for i in (row.argmax(), row.argmin())]
     points = [[(c + 0.5) / 8, (r + 0.5) / 8] for r, c in places]
     bright, dark = page.evaluate(PIXELS, [0, points])
     assert bright == [253, 231, 37, 255]
     assert dark[0] < 75 and dark[1] < 40 and dark[3] == 255
-
-
-def test_a_dragged_box_lists_who_reads_it(site, page, traces, prompts):
-    trace = traces[prompts[0].id]
-    opened(page, site, f"/r/shapes/vision?p={trace.key}&layer=2&head=4")
+    line = page.inner_text("#vision-line")
+    assert line.startswith(f"L2H4 from ? (70): {row.sum():.2f} of its attention")
+    assert f"most at row {places[0][0]}, column {places[0][1]}." in line
     box = page.locator(".vision-frame").bounding_box()
     page.mouse.move(box["x"] + 0.27 * box["width"], box["y"] + 0.02 * box["height"])
     page.mouse.down()
@@ -570,17 +579,17 @@ def test_a_dragged_box_lists_who_reads_it(site, page, traces, prompts):
     first = page.locator("#vision-readers [data-head]").first
     assert first.inner_text() == str(best)
     first.click()
-    page.wait_for_function(
-        "(h) => document.getElementById('vision-line').textContent.startsWith(h)", arg=str(best)
+    drawn(page, str(best), trace.key)
+    assert page.get_attribute(".vision-frame canvas", "aria-label").startswith(
+        f"{best} from ? (70) on image 1: strongest at row"
     )
-    page.focus(".vision-frame")
-    page.keyboard.press("Escape")
-    page.wait_for_function("() => !location.search.includes('patches')")
 
 
 def test_keys_alone_choose_patches_and_the_query(site, page, traces, prompts):
     trace = traces[prompts[0].id]
-    opened(page, site, f"/r/shapes/vision?p={trace.key}&layer=2&head=4")
+    page.goto(f"{site}/r/shapes/vision?p={trace.key}&layer=2&head=4")
+    ready(page)
+    drawn(page, "L2H4", trace.key)
     page.focus(".vision-frame")
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", " ", "Shift+ArrowDown"):
         page.keyboard.press(key)
@@ -593,20 +602,31 @@ def test_keys_alone_choose_patches_and_the_query(site, page, traces, prompts):
         "() => document.getElementById('vision-line').textContent.includes('(69)')"
     )
     assert page.get_attribute("#vision-token-69", "aria-checked") == "true"
+    page.focus(".vision-frame")
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => !location.search.includes('patches')")
+    page.wait_for_selector("#vision-pointing .ag-row")
+    assert violations(page) == []
+    page.keyboard.press("Alt+m")
+    opened(page, f"/r/shapes/vision?p={trace.key}&patches=5-8&contour=1&smooth=1", "L3H7", "image")
+    page.wait_for_selector("#vision-readers ol")
+    assert page.get_attribute("html", "data-theme") == "dark"
+    assert violations(page) == []
 
 
-def test_tiles_are_drawn_over_each_other_and_the_smallest_is_chosen(site, page, traces):
+def test_any_grid_is_drawn_where_its_patches_lie(site, page, traces):
     trace = traces["tiles"]
-    opened(page, site, "/r/tiles/vision?layer=3&head=3&opacity=100&noboxes=1")
-    row, patches = whole(trace, "L3H3")[70, :65], patches_of(trace, "text")
+    page.goto(f"{site}/r/tiles/vision?layer=3&head=3&opacity=100&noboxes=1")
+    ready(page)
+    drawn(page, "L3H3", trace.key)
+    row, patches = whole(trace, "L3H3")[70], patches_of(trace, "text")
     x, y = 180, 190
     inside = [
         i for i, box in enumerate(patches.boxes) if box[0] <= x < box[2] and box[1] <= y < box[3]
     ]
     assert len(inside) == 2 and patches.places[inside, 5].tolist() == [-1, 0]
+    # Of patches that lie on each other the mean is drawn, and the smallest is chosen.
     mean = np.mean([row[patches.at[i]] for i in inside]) / row[patches.at].max()
-    from plotly.colors import sample_colorscale, unlabel_rgb
-
     (want,) = sample_colorscale("Viridis", [float(np.sqrt(mean))])
     (got,) = page.evaluate(PIXELS, [0, [[x / 500, y / 300]]])
     assert np.allclose(got[:3], unlabel_rgb(want), atol=6)
@@ -614,45 +634,27 @@ def test_tiles_are_drawn_over_each_other_and_the_smallest_is_chosen(site, page, 
     page.mouse.click(box["x"] + x / 500 * box["width"], box["y"] + y / 300 * box["height"])
     page.wait_for_url(f"**patches={patches.at[inside[1]]}*")
 
-
-def test_frames_of_a_video_are_shown_one_by_one(site, page, traces):
     trace = traces["video"]
-    opened(page, site, "/r/video/vision?layer=2&head=2&opacity=100&noboxes=1&frame=3")
+    opened(page, "/r/video/vision?layer=2&head=2&frame=3", "L2H2", "/video/")
     row, patches = whole(trace, "L2H2")[70], patches_of(trace, "text")
-    own = patches.places[:, 6] == 3
-    best = np.flatnonzero(own)[row[patches.at[own]].argmax()]
-    assert f"column {patches.places[best, 4]}, frame 3" in page.get_attribute(
-        ".vision-frame canvas", "aria-label"
-    )
+    own = np.flatnonzero(patches.places[:, 6] == 3)
+    best = own[row[patches.at[own]].argmax()]
+    label = page.get_attribute(".vision-frame canvas", "aria-label")
+    assert f"column {patches.places[best, 4]}, frame 3" in label
     assert page.input_value("#vision-frame") == "3"
 
-
-def test_two_images_and_their_tower(site, page):
-    opened(page, site, "/r/pair/vision?t=vision&lock=r3")
+    opened(
+        page, "/r/pair/vision?t=vision&lock=r3&layer=1&head=2&opacity=100", "vision.L1H2", "/pair/"
+    )
     assert page.locator(".vision-frame").count() == 2
     # A row of the tower sees its own image alone; what is masked is grey, not dark.
     (got,) = page.evaluate(PIXELS, [1, [[0.3, 0.6]]])
-    assert got[:3] == [150, 150, 150]
+    assert got == [150, 150, 150, 255]
     assert "Grey patches are not seen" in page.inner_text("#vision-spot")
     assert page.locator("#vision-heads [data-head]").count() == 8
 
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_hinders_access(site, page, theme):
-    opened(page, site, f"/r/shapes/vision?theme={theme}&patches=5-8&contour=1&smooth=1")
-    page.wait_for_selector("#vision-pointing .ag-row")
-    assert violations(page) == []
-
-
-def test_a_run_without_traces_says_what_to_do(page, root, tmp_path):
-    about = {"model": "zoo:needle", "batches": 1}
-    with Run.open_or_create(tmp_path / "bare", {"name": "bare"}, about) as run:
-        run.put_part(0, {})
-        run.finish([])
-    with served(tmp_path) as address:
-        page.goto(f"{address}/r/bare/vision")
-        ready(page)
-        page.wait_for_selector("#vision-note pre")
-        assert "keeps no traces" in page.inner_text("#vision-note [role=alert]")
-        assert "headscope capture" in page.inner_text("#vision-note pre")
-        assert not page.locator("#vision-body").is_visible()
+    page.evaluate("() => window.headscope.go('/r/bare/vision')")
+    page.wait_for_selector("#vision-note pre")
+    assert "keeps no traces" in page.inner_text("#vision-note [role=alert]")
+    assert "headscope capture" in page.inner_text("#vision-note pre")
+    assert not page.locator("#vision-body").is_visible()

@@ -14,6 +14,7 @@
   let painted = [];
   let over = null;
   let ticket = 0;
+  let placed = null;     // what the server found for the state: nothing else is asked for
   const rows = new Map();
 
   const $ = (id) => document.getElementById(id);
@@ -203,15 +204,16 @@
   }
 
   hs.listen((s, page) => {
-    if (page !== "head" || !s.run || s.layer === undefined) return;
-    if (s.prompt || hs.prompt) load(s);
+    if (page !== "head" || s.layer === undefined || !placed || s.run !== placed.run) return;
+    if ((s.prompt || placed.prompt) === placed.prompt && (s.tower || placed.tower) === placed.tower) load(s);
   });
   /* The server says which prompt and tower stand for those not named. */
   window.dash_clientside.headscope.place = (data) => {
     if (data) {
+      placed = data.prompt ? data : null;
       hs.prompt = data.prompt;
       hs.tower = data.tower;
-      if (data.prompt) load(hs.state);
+      if (placed) load(hs.state);
       else { shown = null; info = null; $("tokens").replaceChildren(); $("token-facts").textContent = ""; }
     }
     return window.dash_clientside.no_update;

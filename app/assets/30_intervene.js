@@ -7,7 +7,6 @@
   let wanted = null;
   let made = null;
   let estimate = null;
-  let job = null;
 
   hs.typed_values["intervene-op"] = (x) => x || "zero";
   for (const name of ["n", "seed", "draws", "alpha", "tokens"]) {
@@ -121,7 +120,6 @@
     made.stop.hidden = !at_work;
     made.stop.disabled = Boolean(shown.cancelling);
     made.alert.textContent = shown.error ? `${shown.error}${shown.hint ? `. ${shown.hint}` : ""}` : "";
-    job = shown;
   }
 
   const number = (x) => Math.round(x).toLocaleString("en").replace(/,/g, " ");
@@ -136,7 +134,7 @@
     }
     const gib = (x) => `${(x / 2 ** 30).toFixed(2)} GiB`;
     said(`${number(rows.prompts)} prompts of ${number(rows.tokens)} tokens, ${number(rows["tokens through the model"])} through the model; ` +
-      `weights ${gib(rows["memory for weights"])}, a batch ${gib(rows["memory for a batch"])}; about ${hs.seconds(rows.time)} (an estimate)`);
+      `weights ${gib(rows["memory for weights"])}, a batch ${gib(rows["memory for a batch"])}; time ${hs.seconds(rows.time)} (an estimate)`);
   }
 
   hs.jobs.watch(() => { if (hs.state.page === "intervene") place(); });

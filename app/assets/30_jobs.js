@@ -68,8 +68,8 @@
     if (!shown || shown.id !== job.id) {
       const facts = hs.make("p", {class: "faint"});
       const alert = hs.make("p", {class: "alert", role: "alert"});
-      const log = hs.make("pre", {class: "job-log", tabindex: "0", "aria-label": "log of the job"});
-      const command = hs.make("pre", {class: "job-command", tabindex: "0", "aria-label": "command"});
+      const log = hs.make("pre", {class: "job-log", tabindex: "0", role: "group", "aria-label": "log of the job"});
+      const command = hs.make("pre", {class: "job-command", tabindex: "0", role: "group", "aria-label": "command"});
       const link = hs.make("a", {hidden: true}, "show the run");
       const bar = hs.bar();
       const copy = hs.make("button", {class: "plain", onclick: () => copied(command)}, "copy");

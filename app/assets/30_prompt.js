@@ -316,8 +316,8 @@
   }
 
   async function pair(s) {
-    const a = s.prompt || place.first;
-    const run = place.run;
+    const run = s.run && s.run !== "-" ? s.run : "";
+    const a = s.prompt || (place.run === run ? place.first : "");
     const key = run && a && s.ab ? [run, a, s.abrun || run, s.ab].map(encodeURIComponent).join("/") : "";
     const wanted = key && s.tower ? `${key}?tower=${encodeURIComponent(s.tower)}` : key;
     if (strips === wanted) return;

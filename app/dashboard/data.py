@@ -99,6 +99,11 @@ def routes(server: Flask, library: Library) -> None:
         return answer
 
 
+    @server.get("/data/<path:rest>")
+    def nothing(rest: str) -> Response:
+        return Response("there is no such data", status=404, mimetype="text/plain")
+
+
 def answered(route: Callable[..., Response]) -> Callable[..., Response]:
     """Turn errors of the library into a status and a line."""
 

@@ -11,7 +11,9 @@ from app.exits import UsageError
 from interp.errors import HeadIdError
 from interp.headid import DEFAULT_TOWER, HeadId
 
-KEYS = ("op", "task", "n", "seed", "draws", "alpha", "alphas", "at", "over", "by", "tokens", "param")
+KEYS = (
+    "op", "task", "n", "seed", "draws", "alpha", "alphas", "at", "over", "by", "tokens", "param",
+)  # fmt: skip
 """Parts of the state that the form is made of, beside the run and its basket."""
 SOURCE = {
     "--model": "--model", "-m": "--model", "--device": "--device", "--dtype": "--dtype",
@@ -59,6 +61,7 @@ class Operation:
         about: what it does and what comes of it, in a line.
         pairs: whether it needs clean and corrupted prompts.
         tower: whether its command is told the tower.
+        called: what a job of it is called, before the heads; its label if empty.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Operation:
     about: str
     pairs: bool = False
     tower: bool = False
+    called: str = ""
 
 
 EFFECT, DOSE, TEXT = "Effect on answers", "Dose and response", "Text side by side"
@@ -108,16 +112,17 @@ OPERATIONS = {
     for o in (
         Operation("zero", "zero", EFFECT, (), _ablation("zero"),
                   f"The heads write nothing: together, each alone, all but each, {_BESIDE}.",
-                  tower=True),
+                  tower=True, called="zero ablation of"),
         Operation("mean", "mean", EFFECT, (), _ablation("mean"),
                   "The heads write their mean over the corrupted prompts; needs a task of pairs.",
-                  pairs=True, tower=True),
+                  pairs=True, tower=True, called="mean ablation of"),
         Operation("resample", "resample", EFFECT, (), _ablation("resample"),
                   "The heads write what they write on another corrupted prompt; needs a task of "
-                  "pairs.", pairs=True, tower=True),
+                  "pairs.", pairs=True, tower=True, called="resample ablation of"),
         Operation("verdict", "verdict", EFFECT, ("by",), _verdict,
-                  f"Scores the heads with a detector and says of each whether it matters, {_BESIDE}.",
-                  tower=True),
+                  "Scores the heads with a detector and says of each whether it matters, "
+                  f"{_BESIDE}.",
+                  tower=True, called="verdict on"),
         Operation("dose-scale", "scale by α", DOSE, ("alphas", "at"),
                   _sweep("scale", "0,0.5,1,1.5,2"),
                   f"What the heads write, times α: 0 is ablation, 1 changes nothing; {_BESIDE}."),
@@ -262,5 +267,6 @@ def title_of(form: Form, operation: Operation) -> str:
     """What a job of this form is called."""
     shown: Sequence[str] = form.heads[:4]
     more = f" and {len(form.heads) - 4} more" if len(form.heads) > 4 else ""
-    how = "" if operation.group == EFFECT else f", {operation.group.lower()}"
-    return f"{operation.label} of {', '.join(shown)}{more}{how}"
+    how = "" if operation.group == EFFECT else f": {operation.group.lower()}"
+    what = operation.called or f"{operation.label},"
+    return f"{what} {', '.join(shown)}{more}{how}"

@@ -1,35 +1,31 @@
-"""What the page Patching shows of a run: its sweep, its effects, tokens, and further runs."""
+"""What the page Patching shows of a run: its sweep, its effects, its windows."""
 
-import csv
-import io
-import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flask import Flask, Response, request
 
-from app.dashboard.data import KEPT, answered
 from app.dashboard.headfacts import is_effect
-from app.dashboard.library import Library, OpenRun
-from app.dashboard.page import Feed, Site
+from app.dashboard.library import OpenRun
+from app.dashboard.page import Feed
 from app.figures.maps import marked
 from app.figures.patching import DIFFERS, effect_column, unsure
-from app.positions import ROWS, PositionSweep, read_positions
-from app.positionview import COLUMNS, View, cells, strongest, view_of
-from interp.errors import InputError, InterpError, RunError, UnknownNameError
+from app.positions import EXTRA, PositionSweep, read_positions
+from app.positionview import View, cells, strongest, view_of
+from interp.errors import InputError, RunError
 from interp.headid import HeadId
 from interp.scores import HeadScores
 
 if TYPE_CHECKING:
-    from dash.development.base_component import Component
+    pass
 
 KINDS = {
     "positions": "heads and layers by positions", "patch": "each head", "attribute": "each head",
     "ablate": "each head", "windows": "windows of layers",
 }  # fmt: skip
-LISTED, CELLS, MARKED, STRONGEST = 25, 200, 60, 32
+CUT = ("keys", "queries", "window", "layer", "change", "ci_lo", "ci_hi", "n")
+CELLS, STRONGEST = 200, 32
 
 
 def sweep_of(run: OpenRun) -> PositionSweep:
@@ -38,7 +34,7 @@ def sweep_of(run: OpenRun) -> PositionSweep:
     Raises:
         RunError: it keeps none, or a damaged one.
     """
-    path = run.run.folder / "extra" / "positions.safetensors"
+    path = run.run.folder / "extra" / f"{EXTRA}.safetensors"
     found = _read(run.run.folder, path.stat().st_mtime_ns) if path.exists() else None
     if found is None:
         raise RunError(
@@ -76,6 +72,41 @@ def effects(run: OpenRun, feed: Feed) -> HeadScores:
     return tables.get(feed.get("metric", "")) or next(iter(tables.values()))
 
 
+def floor_of(run: OpenRun) -> float:
+    """What rounding may change, as far as the run says."""
+    try:
+        return sweep_of(run).floor
+    except RunError:
+        return 0.0
+
+
+def windows_of(run: OpenRun) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a run that cuts attention off in windows, and what they are, in words.
+
+    Raises:
+        RunError: it is no such run, or a damaged one.
+    """
+    if run.info.get("view") != "windows" or not run.facts:
+        raise RunError(
+            f"run {run.name} cuts no attention off",
+            hint=f"headscope patch --window 1 -m {run.info.get('model', 'MODEL')}",
+        )
+    try:
+        rows = [{**{k: row.get(k) for k in CUT}, "window": int(row["window"]),
+                 "layer": int(row["layer"]), "change": float(row["change"])}
+                for row in run.facts["rows"]]  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"run {run.name} is damaged: its rows of windows do not read") from error
+    worst = min(rows, key=lambda row: row["change"], default=None)
+    best = "" if worst is None else (
+        f" Largest loss: {worst['change']:+.3g} around layer {worst['layer']} for {worst['keys']}."
+    )  # fmt: skip
+    return rows, (
+        "0: nothing is lost; -1: the probability falls to 0. Bands are 95 % intervals over "
+        f"prompts.{best}"
+    )
+
+
 def number(feed: Feed, name: str) -> float:
     """A number of the state, 0 if it is none."""
     try:
@@ -91,24 +122,36 @@ def example_of(feed: Feed) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def shown(sweep: PositionSweep, rows: str, feed: Feed) -> View:
-    """The cells that a feed asks for: of one layer, of the strongest heads, or of all.
+def rows_of(sweep: PositionSweep, rows: str, feed: Feed) -> list[int] | None:
+    """The rows that a feed asks for: heads of one layer, the strongest, or all (None).
 
     Raises:
-        InputError: see `app.positionview.view_of`.
+        InputError: no head of the layer was patched.
     """
-    chosen = None
     layer = feed.get("play", "")
     if rows == "head" and layer.isascii() and layer.isdigit():
         chosen = [i for i, h in enumerate(sweep.heads) if HeadId.parse(h).layer == int(layer)]
         if not chosen:
             raise InputError(f"no head of layer {layer} was patched")
-    elif feed.get("prows") != "all":
-        chosen = strongest(sweep, rows, STRONGEST)
-    example = example_of(feed)
-    by = feed.get("pby") if example is None and feed.get("pby") in sweep.modes() else None
-    recovered = feed.get("pval") == "recovered"
-    return view_of(sweep, rows, example=example, by=by, recovered=recovered, chosen=chosen)
+        return chosen
+    return None if feed.get("prows") == "all" else strongest(sweep, rows, STRONGEST)
+
+
+def mode_of(sweep: PositionSweep, feed: Feed) -> str | None:
+    """How a feed takes means: by position, by span, or as the sweep does first (None)."""
+    return feed["pby"] if example_of(feed) is None and feed.get("pby") in sweep.modes() else None
+
+
+def shown(sweep: PositionSweep, rows: str, feed: Feed) -> View:
+    """The cells that a feed asks for.
+
+    Raises:
+        InputError: see `app.positionview.view_of` and `rows_of`.
+    """
+    return view_of(
+        sweep, rows, example=example_of(feed), by=mode_of(sweep, feed),
+        recovered=feed.get("pval") == "recovered", chosen=rows_of(sweep, rows, feed),
+    )  # fmt: skip
 
 
 def summary(view: View, threshold: float, hidden: int) -> str:
@@ -147,17 +190,14 @@ def floor_note(sweep: PositionSweep, view: View, threshold: float) -> str:
 
 def cell_rows(sweep: PositionSweep, feed: Feed) -> list[dict[str, Any]]:
     """The strongest cells of heads, as rows of a table."""
-    example = example_of(feed)
-    by = feed.get("pby") if example is None and feed.get("pby") in sweep.modes() else None
-    layer = feed.get("play")
-    found = [
-        row for row in cells(sweep, "head", example=example, by=by)
-        if not layer or str(HeadId.parse(row["row"]).layer) == layer
-    ]  # fmt: skip
+    # Of thousands of heads only the strongest: an interval takes its time.
+    chosen = rows_of(sweep, "head", feed) or strongest(sweep, "head", 2 * STRONGEST)
+    example, by = example_of(feed), mode_of(sweep, feed)
+    found = list(cells(sweep, "head", example=example, by=by, chosen=chosen))
     found.sort(key=lambda row: -abs(row["effect"]))
     return [
         {
-            "id": i, "head": row["row"], "position": row["position"],
+            "id": str(i), "head": row["row"], "position": row["position"],
             "clean": marked(row["clean"]),
             "corrupted": f"{DIFFERS} {marked(row['corrupted'])}" if row["differs"] else "same",
             "effect": row["effect"], "ci_lo": row["ci_lo"], "ci_hi": row["ci_hi"],
@@ -193,126 +233,12 @@ def head_rows(table: HeadScores, threshold: float, floor: float) -> list[dict[st
     return out
 
 
-def prompts(sweep: PositionSweep, example: int | None) -> "list[Component] | str":
-    """Tokens of a clean and a corrupted prompt; where they differ they are marked and underlined."""
-    from dash import html
-
-    if example is None:
-        return "Choose an example to read its two prompts."
-    if example >= len(sweep.texts):
-        return ""
-    clean, corrupted = sweep.texts[example]
-    odd = [i for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b]
-    marks = set(odd[:MARKED])
-    gap = sweep.clean[example], sweep.corrupted[example]
-    out: list[Any] = []
-    for name, tokens, value in (("Clean", clean, gap[0]), ("Corrupted", corrupted, gap[1])):
-        parts: list[Any] = []
-        for i, token in enumerate(tokens):
-            text = marked(token)
-            if i in marks:
-                parts.append(html.Mark(f"{DIFFERS}{text}"))
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] += f" {text}"
-            else:
-                parts.append(f" {text} " if parts else text)
-        out.append(html.P([html.Strong(f"{name}, {sweep.metric} {value:.4g}: "), *parts]))
-    at = ", ".join(map(str, odd[:MARKED])) + (", …" if len(odd) > MARKED else "")
-    out.append(html.P(f"They differ at {at or 'no position'}.", className="faint"))
-    return out
-
-
-def others(site: Site, run: OpenRun | None) -> "Component | str":
-    """Runs of the same weights that patch or attribute; of any if there is no run."""
-    from dash import html
-
-    weights = run.info.get("key", {}).get("fingerprint") if run is not None else None
-    rows = []
-    for entry in site.library.entries():
-        if entry.run is None or entry.run.info.get("view") not in KINDS:
-            continue
-        info = entry.run.info
-        if run is not None and info.get("key", {}).get("fingerprint") != weights:
-            continue
-        here = run is not None and run.name == entry.name
-        link: Any = html.Strong(entry.name) if here else html.A(
-            entry.name, href=f"/r/{entry.name}/patch"
-        )  # fmt: skip
-        rows.append(html.Tr([
-            html.Td(link), html.Td(KINDS[str(info["view"])]),
-            html.Td(", ".join(map(str, info.get("scores") or {})) or "–"),
-            html.Td(str(info.get("task") or "")), html.Td(entry.run.status),
-        ]))  # fmt: skip
-    if not rows:
-        return "No run patches this model yet; measure below, or in a terminal."
-    head = html.Tr([html.Th(x) for x in ("run", "what", "tables", "prompts", "status")])
-    table = html.Table([html.Thead(head), html.Tbody(rows[:LISTED])], className="facts")
-    more = len(rows) - LISTED
-    return html.Div([table, html.P(f"and {more} more")] if more > 0 else table)
-
-
-def routes(server: Flask, library: Library) -> None:
-    """The cells of a sweep as a CSV file."""
-
-    @server.get("/data/<run>/positions/<rows>.csv")
-    @answered
-    def positions(run: str, rows: str) -> Response:
-        if rows not in ROWS:
-            raise UnknownNameError("kind of rows", rows, ROWS)
-        example = request.args.get("example", "")
-        if example and not (example.isascii() and example.isdigit()):
-            raise InputError(f"example must be a number from 0; got {example[:40]!r}")
-        found = cells(
-            sweep_of(library.open(run)), rows, example=int(example) if example else None,
-            by=request.args.get("by") or None,
-        )  # fmt: skip
-        out = io.StringIO()
-        writer = csv.DictWriter(out, COLUMNS)
-        writer.writeheader()
-        writer.writerows(found)
-        answer = Response(out.getvalue().encode("utf-8", "replace"), mimetype="text/csv")
-        stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{run}-{rows}-positions")
-        answer.headers["Content-Disposition"] = f'attachment; filename="{stem}.csv"'
-        answer.headers["Cache-Control"] = KEPT
-        return answer
-
-
-def csv_link(run: OpenRun, rows: str, sweep: PositionSweep, feed: Feed) -> str:
-    """Where the drawn cells are to be had as numbers."""
-    example = example_of(feed)
-    query = f"?example={example}" if example is not None else ""
-    if example is None and feed.get("pby") in sweep.modes():
-        query = f"?by={feed['pby']}"
-    return f"/data/{run.name}/positions/{rows}.csv{query}"
-
-
-def python(site: Site, feed: Feed) -> str:
-    """The Python that draws the same."""
-    if "run" not in feed:
-        return ""
-    run = site.run(feed)
-    lines = ["from interp.run import Run", "", f"run = Run.load({str(site.root / run.name)!r})"]
-    try:
-        sweep_of(run)
-    except InterpError:
-        name = next(iter(effects_of(run)), None)
-        if name is None:
-            return ""
-        lines.insert(0, "from app.figures.patching import effect_grid")
-        return "\n".join([*lines, f"effect_grid(run.scores[{name!r}]).show()"])
-    lines[:0] = [
-        "from app.figures.patching import position_map",
-        "from app.positions import read_positions", "from app.positionview import view_of",
-    ]  # fmt: skip
-    more = f", example={example_of(feed)}" if example_of(feed) is not None else ""
-    more += ", recovered=True" if feed.get("pval") == "recovered" else ""
-    lines.append(f'position_map(view_of(read_positions(run), "head"{more})).show()')
-    return "\n".join(lines)
-
-
-def command(site: Site, feed: Feed) -> str:
-    """The command that made the run."""
-    if "run" not in feed:
-        return ""
-    run = site.run(feed)
-    return str(run.info.get("command") or shlex.join(["headscope", "show", run.name]))
+def table_note(table: HeadScores, rows: list[dict[str, Any]]) -> str:
+    """The table in words."""
+    strong = [row for row in rows if not row["noise"] and "effect" in row]
+    named = ", ".join(f"{r['head'] or r['group']} {r['effect']:+.3g}" for r in strong[:3])
+    return (
+        f"{table.detector}, {table.unit}: {len(strong)} of {len(rows)} stand out of noise"
+        f"{'; strongest ' + named if named else ''}. Grey: the 95 % interval holds 0, or the "
+        "effect is no stronger than rounding or the threshold."
+    )

@@ -106,9 +106,9 @@ def described_map(made: Difference, found: Alignment, labels: list[str]) -> str:
         f"{labels[made.c0 + c * made.pool_c]} ({made.c0 + c * made.pool_c}) "
         f"{made.values[r, c]:+.3f}"
         for r, c in zip(rows.tolist(), columns.tolist(), strict=True)
-        if size[r, c] > 0
+        if size[r, c] >= 5e-4
     ]  # fmt: skip
-    parts.append(f"largest: {'; '.join(top)}" if top else "A and B are the same here")
+    parts.append(f"largest: {'; '.join(top)}" if top else "nothing of 0.001 or more")
     return ". ".join(p[0].upper() + p[1:] for p in parts) + "."
 
 
@@ -123,9 +123,10 @@ def drawn_row(a: "HeadTrace", b: "HeadTrace", found: Alignment, feed: Feed) -> t
     order = order[size[order] >= 0]
     figure = row_bars(one, other, order, labels=labels, theme=feed.get("theme"))
     top = np.argsort(-size, kind="stable")[:5]
-    words = ", ".join(f"{labels[i]} ({i}) {change[i]:+.3f}" for i in top.tolist() if size[i] > 0)
+    words = ", ".join(f"{labels[i]} ({i}) {change[i]:+.3f}" for i in top.tolist() if size[i] >= 5e-4)
     shown = f"the {len(order)} keys that differ most" if len(found) > BARS else "every key"
-    return figure, f"Row {row}, {labels[row]}: {shown}. Largest A − B: {words or 'none'}."
+    largest = words or "nothing of 0.001 or more"
+    return figure, f"Row {row}, {labels[row]}: {shown}. Largest A − B: {largest}."
 
 
 def drawn_grid(site: Site, feed: Feed) -> tuple[Any, str]:
@@ -152,7 +153,8 @@ def drawn_grid(site: Site, feed: Feed) -> tuple[Any, str]:
         scores.lengths, scores.depths, scores.mean, scores.counts, theme=feed.get("theme")
     )
     gave = int(scores.counts.sum())
-    text = f"{head}: {gave} of {scores.asked} prompts gave a score; the others did not answer."
+    lost = "" if gave == scores.asked else "; of the others the answer was not produced"
+    text = f"{head}: {gave} of {scores.asked} prompts gave a score{lost}."
     if gave:
         low = np.nanargmin(scores.mean)
         d, n = np.unravel_index(low, scores.mean.shape)

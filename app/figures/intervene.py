@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MOST = 40
-_ABOVE, _BELOW = 0.13, 0.2
+_ABOVE, _BELOW, _MEAN = 0.16, 0.1, 0.3
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def forest(
     means = [(i, line) for i, line in enumerate(lines) if line.control is not None]
     if means:
         figure.add_scatter(
-            x=[line.control for _, line in means], y=[i + _BELOW for i, _ in means],
+            x=[line.control for _, line in means], y=[i + _MEAN for i, _ in means],
             mode="markers", name="their mean",
             marker={"symbol": "diamond", "size": 9, "color": grey},
             error_x=_error([(x.control, x.control_low, x.control_high) for _, x in means], grey),
@@ -88,7 +88,7 @@ def forest(
     figure.update_xaxes(title=esc(unit), zeroline=False)
     figure.update_yaxes(
         tickvals=list(range(len(lines))), ticktext=[esc(line.name, 28) for line in lines],
-        range=[len(lines) - 0.5, -0.5], zeroline=False,
+        range=[len(lines) - 0.5, -0.5], zeroline=False, showgrid=False,
     )  # fmt: skip
     return figure
 

@@ -161,7 +161,7 @@ def wire(app: "Dash", site: Site) -> None:
         except InterpError as error:
             return {}, "Head", [], html.P(told(error), className="alert", role="alert"), *[""] * 4
         note: Any = ""
-        place = {"prompt": None, "tower": head.tower}
+        place = {"run": found.name, "prompt": None, "tower": head.tower}
         try:
             trace = found.trace(feed.get("prompt"))
             layer = trace.layer(head.tower, head.layer)

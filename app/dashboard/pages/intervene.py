@@ -48,7 +48,7 @@ def layout(site: Site) -> "Component":
                         className="row",
                     ),
                     html.Pre(id="intervene-command", tabIndex="0", className="job-command",
-                             **{"aria-label": "command of this intervention"}),
+                             role="group", **{"aria-label": "command of this intervention"}),
                     html.Div(id="intervene-job"),
                 ],
                 className="card",
@@ -130,7 +130,7 @@ def _form(site: Site) -> "Component":
 
 def wire(app: "Dash", site: Site) -> None:
     """Callbacks of the page."""
-    from dash import ClientsideFunction, Input, Output, State, html, no_update
+    from dash import ClientsideFunction, Input, Output, html, no_update
 
     @app.callback(
         Output("intervene-argv", "data"),
@@ -189,16 +189,16 @@ def wire(app: "Dash", site: Site) -> None:
         except InterpError:
             return []
 
-    for prop, source, function, state in (
-        ("data", "intervene-argv", "intervene_made", ()),
-        ("n_clicks", "intervene-go", "intervene_go", ()),
-        ("n_clicks", "intervene-dry", "intervene_dry", ()),
-    ):
-        if site.jobs is None and prop == "n_clicks":
-            continue
+    buttons = (
+        ("n_clicks", "intervene-go", "intervene_go"),
+        ("n_clicks", "intervene-dry", "intervene_dry"),
+    )
+    for prop, source, function in (
+        ("data", "intervene-argv", "intervene_made"), *(buttons if site.jobs is not None else ()),
+    ):  # fmt: skip
         app.clientside_callback(
             ClientsideFunction("headscope", function), Input(source, prop),
-            *(State(*s) for s in state), prevent_initial_call=True,
+            prevent_initial_call=True,
         )  # fmt: skip
 
 

@@ -77,8 +77,8 @@ def wire(app: "Dash", site: Site) -> None:
             note = html.P(told(error), role="alert", className="alert")
         models = sorted({*known, *([model] if model else [])})
         place = {
-            "run": run, "model": feed.get("model") or model, "prompt": feed.get("prompt"), "first": first,
-            "works": site.jobs is not None,
+            "run": run, "model": feed.get("model") or model, "prompt": feed.get("prompt"),
+            "first": first, "works": site.jobs is not None,
         }  # fmt: skip
         return place, note, models, model or "zoo:needle"
 

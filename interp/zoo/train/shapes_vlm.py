@@ -323,7 +323,10 @@ def processor(words: Any) -> Any:
 def save(model: Any, words: Any, folder: Path) -> None:
     """Weights in half precision, tokenizer and processor."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy.deepcopy(model).half().save_pretrained(folder)
+    small = copy.deepcopy(model).half()
+    small.save_pretrained(folder)
+    small.config.dtype = "float32"  # stored small, but meant to run in single precision
+    small.config.save_pretrained(folder)
     processor(words).save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)
