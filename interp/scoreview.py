@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _ROWS = 20
 _LONGEST = 200
+_TEXTS = 300
 _SHOWN = ("head", "score", "ci_lo", "ci_hi", "n", "null", "q", "verdict")
 
 
@@ -89,11 +90,38 @@ def html(scores: HeadScores) -> str:
     )
 
 
-def heatmap(scores: HeadScores, *, tower: str | None = None) -> "go.Figure":
-    """Heat map of layer by head: hover for the numbers, circles on claimed heads.
+def bounds(scores: HeadScores, values: np.ndarray) -> tuple[float, float, str]:
+    """Ends of the colours and their scale: a signed score is centred on zero.
 
-    Colours span the detector's range where it is finite, so that figures can be compared; effects,
-    which have a sign, get a scale centred on zero.
+    A score of finite range begins at its least value, and ends at the largest found, so that
+    figures of weak scores are not dark altogether; the bar says where.
+    """
+    found = values[np.isfinite(values)]
+    low, high = scores.range
+    if not len(found):
+        return 0.0, 1.0, "Viridis"
+    if low < 0 < high:
+        most = float(np.abs(found).max()) or 1.0
+        return -most, most, "RdBu_r"
+    if math.isfinite(low) and math.isfinite(high):
+        return low, max(float(found.max()), low + 0.1 * (high - low)), "Viridis"
+    return min(0.0, float(found.min())), float(found.max()) or 1.0, "Viridis"
+
+
+def tick_step(n: int) -> int:
+    """Every how many heads or layers an axis has a tick."""
+    return 1 if n <= 16 else 4 if n <= 64 else 8
+
+
+def heatmap(scores: HeadScores, *, tower: str | None = None, claim: str = "#c2255c") -> "go.Figure":
+    """Heat map of layer by head: hover for the numbers, rings on claimed heads.
+
+    Layers without attention are gaps. Effects, which have a sign, get a scale centred on zero.
+
+    Args:
+        scores: the table.
+        tower: the tower to draw; the first of the table by default.
+        claim: colour of the rings.
 
     Raises:
         InputError: the table has no such tower.
@@ -102,45 +130,45 @@ def heatmap(scores: HeadScores, *, tower: str | None = None) -> "go.Figure":
 
     tower = tower or scores.towers[0]
     grid = scores.grid(tower)
-    hover = np.full(grid.shape, "no such head", dtype=object)
-    marked: list[tuple[int, int]] = []
-    for row in scores.rows():
-        if row["tower"] != tower:
-            continue
-        at = (row["layer"], row["index"])
-        shown = (f"{name} {_number(row[name])}" for name in COLUMNS[5:])
-        hover[at] = markup.escape(_short(f"{row['head']}: {', '.join(shown)}"))
-        if row["verdict"] == scores.detector:
-            marked.append(at)
-    low, high = scores.range
-    signed = low < 0 < high
-    bounds: dict[str, float] = {"zmid": 0.0} if signed else {}
-    if not signed and math.isfinite(low) and math.isfinite(high):
-        bounds = {"zmin": low, "zmax": high}
+    low, high, colours = bounds(scores, grid)
+    # Of thousands of heads the texts would weigh more than all the rest.
+    texts = _texts(scores, tower, grid.shape) if grid.size <= _TEXTS else None
+    hover = "%{text}" if texts is not None else "L%{y}H%{x}: %{z:.4g}"
     figure = go.Figure(
         go.Heatmap(
-            z=grid,
-            text=hover,
-            hovertemplate="%{text}<extra></extra>",
-            colorscale="RdBu" if signed else "Viridis",
-            colorbar={"title": {"text": markup.escape(_short(scores.unit, 40)) or "score"}},
-            **bounds,
+            z=grid.astype(np.float32), text=texts, hovertemplate=f"{hover}<extra></extra>",
+            zmin=low, zmax=high, colorscale=colours, xgap=1, ygap=1,
+            colorbar={"title": {"text": markup.escape(_short(scores.detector, 24)),
+                                "side": "right"}, "thickness": 12, "outlinewidth": 0},
         )
-    )
+    )  # fmt: skip
+    claimed = [
+        head for head, verdict in zip(scores.heads, scores.verdict, strict=True)
+        if head.tower == tower and verdict == scores.detector
+    ]  # fmt: skip
     figure.add_scatter(
-        x=[head for _, head in marked],
-        y=[layer for layer, _ in marked],
-        mode="markers",
-        marker={"symbol": "circle-open", "size": 10, "color": "red", "line": {"width": 2}},
-        name=markup.escape(_short(scores.detector, 60)),
-        hoverinfo="skip",
-        showlegend=False,
-    )
+        x=[h.head for h in claimed], y=[h.layer for h in claimed], mode="markers",
+        marker={"symbol": "circle-open", "size": 11, "color": claim, "line": {"width": 2}},
+        name=markup.escape(_short(scores.detector, 60)), hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+    rows, columns = grid.shape
     figure.update_layout(
         title={"text": markup.escape(_short(f"{scores.detector}, {_source(scores)}", 120))},
-        xaxis={"title": {"text": "head"}, "dtick": 1 if grid.shape[1] <= 16 else 4},
-        yaxis={"title": {"text": "layer"}, "autorange": "reversed"},
-        height=min(900, 180 + 22 * grid.shape[0]),
+        height=min(900, max(220, 110 + 26 * rows)),
         margin={"l": 60, "r": 20, "t": 60, "b": 50},
     )
+    figure.update_xaxes(title="head", dtick=tick_step(columns), range=[-0.5, columns - 0.5],
+                        showgrid=False, zeroline=False)  # fmt: skip
+    figure.update_yaxes(title="layer", dtick=tick_step(rows), range=[rows - 0.5, -0.5],
+                        showgrid=False, zeroline=False)  # fmt: skip
     return figure
+
+
+def _texts(scores: HeadScores, tower: str, shape: tuple[int, ...]) -> np.ndarray:
+    hover = np.full(shape, "no such head", dtype=object)
+    for row in scores.rows():
+        if row["tower"] == tower:
+            shown = (f"{name} {_number(row[name])}" for name in COLUMNS[5:])
+            text = f"{row['head']}: {', '.join(shown)}"
+            hover[row["layer"], row["index"]] = markup.escape(_short(text))
+    return hover

@@ -566,13 +566,15 @@ def test_html_is_small_static_and_escaped():
 def test_plot_shows_every_head_and_marks_the_claimed(table):
     figure = table.plot()
     heat, marks = figure.data
-    np.testing.assert_array_equal(heat.z, table.grid())
+    np.testing.assert_array_equal(heat.z, table.grid().astype(np.float32))
     assert list(zip(marks.y, marks.x, strict=True)) == [(0, 0), (1, 0)]
     assert heat.text[0][0].startswith("L0H0: score 0.9, ci_lo 0.8")
     assert "verdict undefined" in heat.text[1][1]
-    assert heat.zmid == 0
+    assert heat.zmin == -heat.zmax < 0
     shares = replace(table, range=(0.0, 1.0)).plot().data[0]
-    assert (shares.zmin, shares.zmax) == (0, 1)
+    assert (shares.zmin, shares.zmax) == (0, np.nanmax(table.values))
+    weak = replace(table, range=(0.0, 100.0)).plot().data[0]
+    assert (weak.zmin, weak.zmax) == (0, 10)
 
 
 def test_plot_draws_the_tower_asked_for():

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.figures.scores import tick_step
 from app.figures.style import DIVERGING, SERIES, esc, styled, theme_of
 from interp.scores import HeadScores
+from interp.scoreview import tick_step
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -135,7 +135,7 @@ def dose(rows: Sequence[Mapping[str, Any]], *, theme: str | None = None) -> "go.
              if r["control_change"] is not None]  # fmt: skip
     if means:
         figure.add_scatter(
-            x=[s for s, _ in means], y=[v for _, v in means], mode="lines", name="their mean",
+            x=[s for s, _ in means], y=[v for _, v in means], mode="lines", name="mean of random heads",
             line={"color": grey, "dash": "dash"}, hoverinfo="skip",
         )  # fmt: skip
     values = [float(r["with"]) for r in rows]
@@ -170,7 +170,7 @@ def changes(rows: Sequence[Mapping[str, Any]], *, theme: str | None = None) -> "
     rows = list(rows)
     figure: go.Figure = make_subplots(
         rows=len(rows), cols=1, subplot_titles=[esc(r["measure"]) for r in rows],
-        vertical_spacing=min(0.5 / len(rows), 0.12),
+        vertical_spacing=0.55 / len(rows),
     )  # fmt: skip
     name = theme_of(theme)
     grey, mine = SERIES[name][5], CLAIM[name]
@@ -185,7 +185,7 @@ def changes(rows: Sequence[Mapping[str, Any]], *, theme: str | None = None) -> "
         )  # fmt: skip
         if row["control_change"] is not None:
             figure.add_scatter(
-                x=[row["control_change"]], y=[0.25], mode="markers", name="their mean",
+                x=[row["control_change"]], y=[0.25], mode="markers", name="mean of random heads",
                 showlegend=i == 1, legendgroup="mean",
                 marker={"symbol": "diamond", "size": 9, "color": grey},
                 hovertemplate="mean of these: %{x:.4g}<extra></extra>", **place,
@@ -198,10 +198,10 @@ def changes(rows: Sequence[Mapping[str, Any]], *, theme: str | None = None) -> "
             hovertemplate="the heads: %{x:.4g}<extra></extra>", **place,
         )  # fmt: skip
         figure.add_vline(x=0, line={"color": INK[name], "width": 1, "dash": "dot"}, **place)
-    styled(figure, theme, height=110 + 92 * len(rows), hovermode="closest")
-    figure.update_layout(margin={"t": 74, "b": 30}, legend={"y": 1, "yanchor": "bottom",
-                                                            "yref": "container"})  # fmt: skip
-    figure.update_layout(legend={"y": 0.995, "yanchor": "top", "yref": "container"})
+    styled(figure, theme, height=100 + 116 * len(rows), hovermode="closest")
+    figure.update_layout(
+        margin={"t": 74, "b": 30}, legend={"y": 0.995, "yanchor": "top", "yref": "container"}
+    )
     figure.update_yaxes(visible=False, range=[-0.7, 0.7])
     figure.update_annotations(font={"size": 12})
     return figure

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.figures.maps import marked
-from app.figures.scores import tick_step
 from app.figures.style import DIVERGING, MASKED, SERIES, esc, styled, theme_of
 from interp.errors import InputError
+from interp.scoreview import tick_step
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

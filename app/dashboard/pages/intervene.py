@@ -156,6 +156,8 @@ def wire(app: "Dash", site: Site) -> None:
             argv = line_of(form, op)
             check(site, argv)
         except InterpError as error:
+            if not form.heads:  # nothing is wrong yet
+                return None, "", "", told(error), task, detector
             return None, "", told(error), op.about, task, detector
         made = {"argv": argv, "title": title_of(form, op), "texts": texts or ""}
         return made, command_of(argv), "", op.about, task, detector
