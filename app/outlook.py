@@ -19,6 +19,8 @@ from app.tables import Format, Part, Table, write
 from interp.errors import ModelError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from interp.model import Model
     from interp.prompts import Prompt
 
@@ -153,6 +155,7 @@ def _outline(source: Source) -> "Model":
         dtype = getattr(torch, str(wanted).removeprefix("torch."))
         with torch.device("meta"):
             hf = cls(config) if cls else tf.AutoModel.from_config(config)
+        hf = hollow(hf.to(dtype)).eval()
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -164,7 +167,34 @@ def _outline(source: Source) -> "Model":
         processor = optional(tf.AutoProcessor)
         if not hasattr(processor, "image_processor"):  # none, or a tokenizer in its place
             processor = optional(tf.AutoImageProcessor)
-    return Model(hf.to(dtype).eval(), optional(tf.AutoTokenizer), processor, name=source.name)
+    return Model(hf, optional(tf.AutoTokenizer), processor, name=source.name)
+
+
+def hollow(hf: "nn.Module") -> "nn.Module":
+    """Give a model on the meta device weights of zeros, which take no memory.
+
+    Towers are found by running a few tokens, which the meta device cannot do where a mask is looked
+    at. Zeros that were never written to are one page to the system, however many there are; and
+    with them every pattern is even over what is seen, so that masks show.
+    """
+    import numpy as np
+    import torch
+    from torch import nn
+
+    made: dict[int, torch.Tensor] = {}
+    for module in hf.modules():
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for some in tensors:
+            for name, x in some.items():
+                if x is None or not x.is_meta:
+                    continue
+                if id(x) not in made:  # tied weights stay tied
+                    held = torch.from_numpy(np.zeros(x.numel() * x.element_size(), np.uint8))
+                    zeros = held.view(x.dtype).view(x.shape)
+                    is_weight = isinstance(x, nn.Parameter)
+                    made[id(x)] = nn.Parameter(zeros, requires_grad=False) if is_weight else zeros
+                some[name] = made[id(x)]
+    return hf
 
 
 def _rows(model: "Model", work: Work, more: Sequence[Row], device: str, passes: str) -> list[Row]:
@@ -176,7 +206,8 @@ def _rows(model: "Model", work: Work, more: Sequence[Row], device: str, passes: 
     # A dozen tensors of the residual's width live at once, and the logits of every position; where
     # a gradient is taken, those of every layer.
     alive = 12 * width * item * (layers if work.backward else 1)
-    active = work.widest * (alive + 4 * model.vocabulary)
+    logits = model.vocabulary if model.reads_tokens else 0
+    active = work.widest * (alive + 4 * logits)
     backward = 2 * work.backward / work.passed if work.passed else 0
     flops = (2 * weights * work.passed + 4 * layers * width * work.squares) * (1 + backward)
     speed, bandwidth = _measured(device, model.dtype)

@@ -11,7 +11,7 @@ from app.positions import ROWS, PositionSweep, Spans
 from interp.errors import InputError
 from interp.stats import bootstrap_interval
 
-OTHER = "(no span)"
+OTHER = "(rest)"
 VARIES = "(varies)"
 
 
@@ -43,6 +43,7 @@ class View:
         low, high: 95 % interval of the mean over examples; NaN for a single example.
         n: [column] examples that have it.
         floor: noise floor in the same unit.
+        recovered: whether values are shares of the difference of the runs; else changes.
         unit: what the values are.
     """
 
@@ -53,6 +54,7 @@ class View:
     high: Float[np.ndarray, "row column"]
     n: Int[np.ndarray, " column"]
     floor: float
+    recovered: bool
     unit: str
 
     def noise(self, threshold: float = 0.0) -> Bool[np.ndarray, "row column"]:
@@ -111,7 +113,9 @@ def view_of(
         total = np.where(np.isfinite(flat), flat, 0).sum(0)
         values = np.where(count > 0, total / np.maximum(count, 1), np.nan).reshape(cells.shape[1:])
         low, high = (x.reshape(cells.shape[1:]) for x in bootstrap_interval(flat))
-    found = View(names, columns, values, low, high, n, sweep.floor, f"change of {sweep.metric}")
+    found = View(
+        names, columns, values, low, high, n, sweep.floor, False, f"change of {sweep.metric}"
+    )
     return _shares(found, sweep, which) if recovered else found
 
 
@@ -132,7 +136,7 @@ def _shares(found: View, sweep: PositionSweep, which: list[int]) -> View:
     ends = found.low / gap, found.high / gap
     return replace(
         found, values=found.values / gap, low=np.minimum(*ends), high=np.maximum(*ends),
-        floor=found.floor / abs(gap), unit="share of the difference",
+        floor=found.floor / abs(gap), recovered=True, unit="share of the difference",
     )  # fmt: skip
 
 
@@ -160,7 +164,8 @@ def _column(sweep: PositionSweep, which: list[int], at: int) -> Column:
     shown = [next(iter(side)) if len(side) == 1 else "" for side in sides]
     if not all(shown):
         held = [{n for n, r in sweep.spans[i].items() if _inside(r, at)} for i in which]
-        name = "/".join(sorted(set.intersection(*held))) or VARIES
+        shared, any_ = set.intersection(*held), set.union(*held)
+        name = "/".join(sorted(shared)) or ("|".join(sorted(any_)) if all(held) else VARIES)
         shown = [text if len(side) == 1 else name for text, side in zip(shown, sides, strict=True)]
     differs = any(sweep.texts[i][0][at] != sweep.texts[i][1][at] for i in which)
     return Column(str(at), shown[0], shown[1], differs)

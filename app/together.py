@@ -156,6 +156,7 @@ def _on_prompts(
 
     size = work.subject.batch_size
     with steps("sets", quiet=keeping.quiet) as report:
+        report(0, len(sets))
         bare = outcome(model, data, batch_size=size)
         changes, rights = {}, {}
         for i, heads in enumerate(sets):

@@ -105,7 +105,16 @@ class Model:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids."""
+        """Number of token ids.
+
+        Raises:
+            InputError: the model reads images alone.
+        """
+        if not self.reads_tokens:
+            raise InputError(
+                f"this needs a model that reads tokens; {self.name} reads images alone",
+                hint="choose a task or prompts with images",
+            )
         return int(self.text_config.vocab_size)
 
     @property

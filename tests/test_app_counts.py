@@ -228,3 +228,64 @@ def test_batches_are_counted_with_their_padding() -> None:
     assert (twice.passed, twice.backward, twice.tokens, twice.widest) == (3 * 32, 2 * 32, 24, 18)
     both = given + equal
     assert (both.prompts, both.passed, both.widest, both.longest) == (10, 32 + 24, 18, 9)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Zoo models as folders, which a dry run reads without their weights."""
+    place = tmp_path_factory.mktemp("saved")
+    for name in ("needle", "shapes-vit"):
+        model = load(f"zoo:{name}")
+        model.hf.save_pretrained(place / name)
+        for part in (model.tokenizer, model.processor):
+            if part is not None:
+                part.save_pretrained(place / name)
+    return place
+
+
+FOLDER = {
+    "capture": ("capture", "-t", "needle", "--n", "2"),
+    "verdict": ("verdict", "retrieval", "-t", "needle", "--n", "2"),
+    "patch": ("patch", "-t", "ioi", "--n", "2"),
+    "attribute": ("attribute", "atp", "-t", "ioi", "--n", "2"),
+    "ablate": ("ablate", "-H", "L1H0", "-t", "needle", "--n", "2"),
+    "rank": ("rank", "retrieval", "-t", "needle", "--n", "2"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDER)
+def test_a_folder_is_counted_without_its_weights_as_the_model_itself(case, run, saved) -> None:
+    folder = told(run, *FOLDER[case], "-m", str(saved / "needle"))
+    itself = told(run, *FOLDER[case], "-m", "zoo:needle")
+    measured = ("time",)
+    assert {k: v for k, v in folder.items() if k not in measured} == {
+        k: v for k, v in itself.items() if k not in measured
+    }
+
+
+def test_a_folder_of_a_model_of_images_is_counted(run, saved) -> None:
+    args = ("rank", "vision-head-divergence", "--n", "2", "-m")
+    folder = told(run, *args, str(saved / "shapes-vit"))
+    assert folder["prompts"] == told(run, *args, "zoo:shapes-vit")["prompts"] == 2
+    refused = run("rank", "sink", "-m", str(saved / "shapes-vit"), "--dry-run")
+    assert refused.code == 65 and "reads images alone" in refused.err
+
+
+def test_weights_of_zeros_keep_ties_and_take_no_memory() -> None:
+    import resource
+
+    import torch
+    from torch import nn
+
+    from app.outlook import hollow
+
+    with torch.device("meta"):
+        one, other = nn.Linear(1 << 15, 1 << 15, dtype=torch.bfloat16), nn.Linear(4, 4)
+    other.weight = one.weight
+    other.register_buffer("empty", torch.empty(0, 3, device="meta"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = hollow(nn.ModuleList([one, other]))
+    assert made[0].weight is made[1].weight and made[0].weight.dtype == torch.bfloat16
+    assert not made[0].weight[:3].any() and made[1].empty.shape == (0, 3)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 19  # KiB; the weights would be 2 GiB

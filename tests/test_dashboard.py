@@ -1,12 +1,16 @@
 """The dashboard in a real browser, and its routes without one."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
-from dashboard_kit import hostile, needle_run, ready, served, violations
+from dashboard_kit import hostile, needle_run, ready, served, violations, visit
 
+from app.dashboard.page import pages
 from interp.traces import decode, traces_of
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
@@ -151,17 +155,23 @@ def test_a_metric_that_is_chosen_changes_every_view(site, page):
     )
 
 
-PATHS = ("/", "/r/needle/heads", "/r/needle/head/1/0", "/compare?run=needle&other=needle", "/help",
-         "/r/needle/nothing", "/r/unknown/heads", "/r/needle/head/77/5")  # fmt: skip
+PATHS = (
+    *(p.path.format(run="needle", layer=1, head=0) for p in pages()),
+    "/compare?run=needle&other=needle", "/r/needle/nothing", "/r/unknown/heads",
+    "/r/needle/head/77/5?q=0:20&basket=L1H0",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("path", PATHS)
-def test_axe_finds_nothing_wrong(site, page, path, theme):
-    mark = "&" if "?" in path else "?"
-    page.goto(f"{site}{path}{mark}theme={theme}")
+def test_axe_finds_nothing_wrong(site, page, theme):
+    page.goto(f"{site}/?theme={theme}")
     ready(page)
-    assert violations(page) == []
+    found = {}
+    for path in PATHS:
+        visit(page, path + ("&" if "?" in path else "?") + f"theme={theme}")
+        assert page.get_attribute("html", "data-theme") == theme
+        found[path] = violations(page)
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
 
 
 def test_hostile_tokens_are_drawn_as_text(tmp_path, page):
@@ -245,6 +255,22 @@ def test_copies_reproduce_what_is_shown(site, page, root):
     space: dict[str, object] = {}
     exec(code.replace("show_head(Run", "shown = show_head(Run"), space)
     assert "L1H0" in repr(space["shown"])
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_figures_are_downloaded(site, page, kind):
+    page.goto(f"{site}/r/needle/heads")
+    ready(page)
+    page.wait_for_selector("#heads-grid .js-plotly-plot .heatmaplayer")
+    page.click("#copy-open")
+    files = []
+    page.on("download", lambda download: files.append(download.suggested_filename))
+    page.click(f"#figures-{kind}")
+    page.wait_for_function(
+        "() => /2 figures saved/.test(document.getElementById('copy-text').textContent)"
+    )
+    page.wait_for_timeout(200)
+    assert sorted(files) == [f"needle-heads-grid.{kind}", f"needle-heads-scatter.{kind}"]
 
 
 # Routes, without a browser.
@@ -366,3 +392,19 @@ def test_a_token_is_asked_for_once(root):
     cookie = first.headers["Set-Cookie"]
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
     assert client.get("/", headers=host).status_code == 200
+
+
+def test_a_server_that_only_reads_loads_no_torch_on_any_page(root, page):
+    command = [sys.executable, "-m", "app.cli", "serve", str(root), "--read-only", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        try:
+            address = server.stdout.readline().decode().strip().rstrip("/")
+            names = [p.path.format(run="needle", layer=1, head=0) for p in pages()]
+            page.goto(address)
+            ready(page)
+            for name in (*names, "/r/needle/head/1/0?mode=value&q=0:50"):
+                visit(page, name)
+            maps = Path(f"/proc/{server.pid}/maps").read_text()
+            assert "numpy" in maps and "torch" not in maps
+        finally:
+            server.terminate()

@@ -120,7 +120,7 @@ def regrid(trace: Trace, *, video: bool) -> None:
     out = io.BytesIO()
     Image.new("RGB", (500, 300), (0, 0, 0)).save(out, "PNG")
     png = np.frombuffer(out.getvalue(), np.uint8)
-    named = {"thing": [0, 120.0, 60.0, 260.0, 180.0]}
+    named = {"thing": [0, 120.0, 60.0, 260.0, 180.0], "cell": [0, 100.0, 100.0, 200.0, 200.0]}
     write_table(
         trace.folder / "pictures.safetensors",
         {"image-0": png, "text/places": places, "text/boxes": boxes},
@@ -177,18 +177,23 @@ def test_patches_of_two_images_stand_at_positions_of_both_rows(traces, prompts):
     assert found.places[:, 2].tolist() == [0] * 64 + [1] * 64
 
 
-@pytest.mark.parametrize("which", ["shapes", "tiles", "video"])
-def test_patches_that_touch_a_box_are_those_that_overlap_it(traces, prompts, which):
-    trace = traces[prompts[0].id if which == "shapes" else which]
-    found = patches_of(trace, "text")
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [("shapes", "thing"), ("tiles", "thing"), ("video", "thing"), ("pair", "left"),
+     ("pair", "right"), ("tiles", "cell"), ("video", "cell")],
+)  # fmt: skip
+def test_patches_that_touch_a_box_are_those_that_overlap_it(traces, prompts, which, name):
+    found = patches_of(traces[prompts[0].id if which == "shapes" else which], "text")
     made = tuple(
-        Patch(int(p), tuple(b), 0, 0) for p, b in zip(found.at, found.boxes.tolist(), strict=True)
+        Patch(int(p), tuple(b), 0, 0, image=int(i))
+        for p, b, i in zip(found.at, found.boxes.tolist(), found.places[:, 2], strict=True)
     )
-    image, box = found.named["thing"]
+    image, box = found.named[name]
     want = PatchMap(made, found.sizes, found.n).touching(box, image=image)
-    got = found.at[found.touching("thing")]
-    assert got.tolist() == list(want)
+    assert found.at[found.touching(name)].tolist() == list(want)
     assert 0 < len(want) < len(found.at)
+    if (which, name) == ("video", "cell"):  # just one patch of each of four frames
+        assert len(want) == 4
 
 
 @pytest.mark.parametrize("tower", ["text", "vision"])
@@ -401,9 +406,13 @@ def test_bars_stack_up_to_the_whole(traces, root, prompts):
     assert text.startswith("Heads of layer 2 of text. Mean over all queries")
 
 
-def test_all_positions_count_where_no_segment_is_known(root):
-    _, text = drawn_budget(Library(root).open("pair"), {"tower": "vision", "vsource": "segment"})
+def test_all_positions_count_where_no_segment_is_known(root, traces):
+    feed = {"tower": "vision", "vsource": "segment", "lock": "r3"}
+    figure, text = drawn_budget(Library(root).open("pair"), feed)
     assert "Mean over all queries" in text and "Images get most" in text
+    assert [bar.name for bar in figure.data] == ["image 1", "image 2", "cls"]
+    # Each image has half of the queries, which see it alone.
+    assert all(0.3 < y <= 0.5 for bar in figure.data[:2] for y in bar.y)
 
 
 def test_names_of_segments_are_drawn_as_they_are():
@@ -491,7 +500,7 @@ def test_what_is_told_of_patches_is_what_the_trace_keeps(client, traces):
     assert told == described(trace, "text", found)
     assert told["tile"] == [-1] * 12 + [0] * 25 + [1] * 25
     assert np.allclose(np.reshape(told["box"], (-1, 4)), found.boxes, atol=0.01)
-    assert told["named"] == {"thing": [0, 120.0, 60.0, 260.0, 180.0]}
+    assert told["named"]["thing"] == [0, 120.0, 60.0, 260.0, 180.0]
 
 
 def test_readers_come_with_tokens_and_heads(client, traces, prompts):
@@ -567,12 +576,12 @@ def test_a_deep_link_draws_the_row_and_a_dragged_box_lists_who_reads_it(
     assert line.startswith(f"L2H4 from ? (70): {row.sum():.2f} of its attention")
     assert f"most at row {places[0][0]}, column {places[0][1]}." in line
     box = page.locator(".vision-frame").bounding_box()
-    page.mouse.move(box["x"] + 0.27 * box["width"], box["y"] + 0.02 * box["height"])
+    page.mouse.move(box["x"] + 0.22 * box["width"], box["y"] + 0.02 * box["height"])
     page.mouse.down()
-    page.mouse.move(box["x"] + 0.48 * box["width"], box["y"] + 0.24 * box["height"], steps=4)
+    page.mouse.move(box["x"] + 0.53 * box["width"], box["y"] + 0.28 * box["height"], steps=4)
     page.mouse.up()
     page.wait_for_function("() => document.querySelectorAll('#vision-readers ol').length === 2")
-    # Columns 2 and 3 of rows 0 and 1, after the first token.
+    # Columns 2 and 3 of rows 0 and 1, after the first token: of others less than half is inside.
     assert "patches=3-4,11-12" in page.url
     mass = {h: whole(trace, h)[70, [3, 4, 11, 12]].sum() for h in every_head(trace, "text")}
     best = max(mass, key=lambda h: mass[h])
@@ -620,11 +629,14 @@ def test_any_grid_is_drawn_where_its_patches_lie(site, page, traces):
     ready(page)
     drawn(page, "L3H3", trace.key)
     row, patches = whole(trace, "L3H3")[70], patches_of(trace, "text")
-    x, y = 180, 190
+    tiles = np.flatnonzero(patches.places[:, 5] >= 0)
+    best = tiles[row[patches.at[tiles]].argmax()]
+    left, top, right, bottom = patches.boxes[best].tolist()
+    x, y = (left + right) / 2 + 3, (top + bottom) / 2 + 3  # away from edges of either grid
     inside = [
         i for i, box in enumerate(patches.boxes) if box[0] <= x < box[2] and box[1] <= y < box[3]
     ]
-    assert len(inside) == 2 and patches.places[inside, 5].tolist() == [-1, 0]
+    assert len(inside) == 2 and inside[1] == best
     # Of patches that lie on each other the mean is drawn, and the smallest is chosen.
     mean = np.mean([row[patches.at[i]] for i in inside]) / row[patches.at].max()
     (want,) = sample_colorscale("Viridis", [float(np.sqrt(mean))])

@@ -32,7 +32,27 @@
     else if (t.id === "copy-link") copied(window.location.href);
     else if (t.id === "copy-python") source("python");
     else if (t.id === "copy-command") source("command");
+    else if (t.id === "figures-png") figures("png");
+    else if (t.id === "figures-svg") figures("svg");
   });
+
+  /* Every figure of the page as a file; on the ground of the theme, not on none. */
+  async function figures(format) {
+    const plots = document.querySelectorAll("section:not([hidden]) .js-plotly-plot");
+    const ground = getComputedStyle(document.documentElement).getPropertyValue("--ground");
+    let saved = 0;
+    for (const plot of plots) {
+      const of = plot.parentElement.id || plot.closest("[id]").id;
+      if (!plot.clientWidth || !plot.data || !plot.data.length) continue;
+      const figure = {data: plot.data, layout: {...plot.layout, paper_bgcolor: ground}};
+      await window.Plotly.downloadImage(figure, {
+        format, width: plot.clientWidth, height: plot.clientHeight, scale: format === "png" ? 2 : 1,
+        filename: [hs.state.run, hs.head_id() && hs.state.page === "head" ? hs.head_id() : "", of].filter(Boolean).join("-"),
+      });
+      saved += 1;
+    }
+    $("copy-text").textContent = saved ? `${saved} figures saved` : "no figure is shown";
+  }
 
   async function source(kind) {
     const query = new URLSearchParams(hs.state).toString();

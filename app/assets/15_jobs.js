@@ -86,13 +86,13 @@
 
   function ended(job) {
     if (job.run && job.status === "done") hs.refresh(LISTS);
-    if (!hushed.has(job.id)) {
+    const seen = enders.map((f) => f(job, false)).includes(true);
+    if (!seen && !hushed.has(job.id)) {
       const words = {done: "is done", failed: "failed", cancelled: "was cancelled"};
       const text = `${job.title} ${words[job.status] || job.status}${job.error ? `: ${job.error}` : ""}`;
       if (job.status === "done" && job.run) hs.toast(text, hs.run_url(job), "show it");
       else hs.toast(text, `/jobs?job=${job.id}`, "its log");
     }
-    enders.forEach((f) => f(job, false));
   }
 
   /* Where the result of a job is looked at. */
@@ -139,7 +139,8 @@
     get detail() { return detail; },
     /* f(news, job of the URL) after every answer. */
     watch(f) { watchers.push(f); },
-    /* f(job, whether it had ended before this page was opened) when a job ends. */
+    /* f(job, whether it had ended before this page was opened) when a job ends; true says that
+       the page shows what came of it, so that nothing else need tell. */
     ended(f) { enders.push(f); },
     ask,
   };

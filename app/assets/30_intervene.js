@@ -139,11 +139,12 @@
 
   hs.jobs.watch(() => { if (hs.state.page === "intervene") place(); });
   hs.jobs.ended((over, before) => {
-    if (over.id === estimate) { estimate = null; counted(over.id); return; }
-    if (hs.state.page !== "intervene" || hs.state.job !== over.id) return;
-    if (over.status !== "done" || !over.run || over.page !== "intervene") return;
-    if (before && hs.state.result) return;
+    if (over.id === estimate) { estimate = null; counted(over.id); return true; }
+    if (hs.state.page !== "intervene" || hs.state.job !== over.id) return false;
+    if (over.status !== "done" || !over.run || over.page !== "intervene") return false;
+    if (before && hs.state.result) return false;
     hs.select({result: over.run});
     hs.say(`${over.title} is done`);
+    return true;
   });
 })();

@@ -50,7 +50,7 @@
   function too_long() {
     const long = texts().find((t) => t.length > MOST);
     if (!long) return false;
-    alert_in("prompt-error", `a prompt must have at most ${MOST.toLocaleString("en")} signs; got ${long.length.toLocaleString("en")}. headscope capture --prompts FILE reads longer ones`);
+    alert_in("prompt-error", `a prompt must have at most ${MOST.toLocaleString("en")} characters; got ${long.length.toLocaleString("en")}. headscope capture --prompts FILE reads longer ones`);
     return true;
   }
 
@@ -235,7 +235,7 @@
         model: model(), run: place.run, haystack: ticked("needle-own") ? value("prompt-a") : "",
         ...Object.fromEntries(["needle", "answer", "question", "depths", "lengths"].map((n) => [n, value(`needle-${n}`)])),
       });
-      $("needle-status").textContent = `${count(needles.count, "prompt")}, ${needles.jsonl.length.toLocaleString("en")} signs, in ${needles.file}`;
+      $("needle-status").textContent = `${count(needles.count, "prompt")}, ${needles.jsonl.length.toLocaleString("en")} characters, in ${needles.file}`;
       $("needle-jsonl").textContent = needles.jsonl.length > 6000 ? `${needles.jsonl.slice(0, 6000)}…` : needles.jsonl;
       if (link) URL.revokeObjectURL(link);
       link = URL.createObjectURL(new Blob([needles.jsonl], {type: "application/jsonl"}));
@@ -337,9 +337,17 @@
     }
   }
 
+  /* The field for files is made by a library, late and without a name. */
+  function label() {
+    const file = document.querySelector("#prompt-upload input[type=file]");
+    if (file) file.setAttribute("aria-label", "file with a prompt");
+    else window.setTimeout(label, 100);
+  }
+
   function placed(data) {
     if (!data) return;
     place = data;
+    label();
     if (place.prompt && place.run && filled !== place.prompt && !edited) take(place.prompt);
     buttons_of_text();
     commands();

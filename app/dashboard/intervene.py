@@ -129,9 +129,10 @@ OPERATIONS = {
         Operation("dose-temperature", "temperature τ", DOSE, ("alphas", "at"),
                   _sweep("temperature", "0.5,1,2,4"),
                   f"Attention scores divided by τ: 1 changes nothing, more is flatter; {_BESIDE}."),
-        Operation("dose-knockout", "knock attention out", DOSE, ("alphas", "at", "over"),
-                  _sweep("knockout", "0,0.5,1", keys=True),
-                  f"Attention to some keys taken away by degrees; {_BESIDE}."),
+        Operation("dose-reweight", "attention to keys × w", DOSE, ("alphas", "at", "over"),
+                  _sweep("reweight", "0,0.5,1,2", keys=True),
+                  "Attention to some keys times w, the rest of the row making up for it: 0:1 is "
+                  f"the first token, where sinks are; {_BESIDE}."),
         Operation("text-zero", "zero", TEXT, ("tokens", "at"), _text("zero"),
                   "Continuations without and with the heads, and side effects on neutral text."),
         Operation("text-scale", "scale by α", TEXT, ("alpha", "tokens", "at"), _text("scale", "2"),

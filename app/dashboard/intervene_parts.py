@@ -9,19 +9,22 @@ if TYPE_CHECKING:
     from dash.development.base_component import Component
 
 PLAIN = {"displaylogo": False}
-_PIECES = 30
+_PIECES = 40
 
 
 def pieces(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """Two texts in runs of words, each with whether the other lacks it.
 
     >>> pieces("a b c", "a d c")
-    ([('a ', False), ('b', True), (' c', False)], [('a ', False), ('d', True), (' c', False)])
+    ([('a ', False), ('b ', True), ('c', False)], [('a ', False), ('d ', True), ('c', False)])
     """
-    a, b = (re.findall(r"\s+|\S+", text) for text in (before, after))
+    a, b = (re.findall(r"\S+\s*|\s+", text) for text in (before, after))
+    # A word at the end of a text is the same word although no space follows it there.
+    keys = [[word.strip() for word in words] for words in (a, b)]
     mine: list[tuple[str, bool]] = []
     other: list[tuple[str, bool]] = []
-    for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    matched = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False)
+    for tag, i, j, k, m in matched.get_opcodes():
         for into, words in ((mine, a[i:j]), (other, b[k:m])):
             if words:
                 into.append(("".join(words), tag != "equal"))

@@ -26,6 +26,7 @@ KINDS = {
 }  # fmt: skip
 CUT = ("keys", "queries", "window", "layer", "change", "ci_lo", "ci_hi", "n")
 CELLS, STRONGEST = 200, 32
+STEPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def sweep_of(run: OpenRun) -> PositionSweep:
@@ -72,12 +73,15 @@ def effects(run: OpenRun, feed: Feed) -> HeadScores:
     return tables.get(feed.get("metric", "")) or next(iter(tables.values()))
 
 
-def floor_of(run: OpenRun) -> float:
-    """What rounding may change, as far as the run says."""
+def floor_of(run: OpenRun, table: HeadScores) -> float:
+    """What rounding may change: as measured, or a step of the precision of the metric."""
     try:
         return sweep_of(run).floor
     except RunError:
-        return 0.0
+        about = table.provenance
+        sizes = [abs(float(about[k])) for k in ("clean", "corrupted") if about.get(k) is not None]
+        step = STEPS.get(str(about.get("dtype")).removeprefix("torch."), 0.0)
+        return step * max(sizes, default=0.0)
 
 
 def windows_of(run: OpenRun) -> tuple[list[dict[str, Any]], str]:
@@ -165,7 +169,7 @@ def summary(view: View, threshold: float, hidden: int) -> str:
     )
     parts = [
         f"{count} of {int(np.isfinite(view.values).sum())} cells stand out of noise",
-        f"strongest: {named}" if named else "",
+        f"Strongest: {named}" if named else "",
         f"{hidden} weaker rows are not drawn" if hidden else "",
     ]
     return ". ".join(p for p in parts if p) + "."

@@ -16,6 +16,11 @@ WHAT = (
     ("atp", "each head, estimate"), ("windows", "windows of layers"),
 )  # fmt: skip
 FIELDS = ("what", "model", "task", "direction", "metric", "n", "heads", "window", "keys")
+UNUSED = {
+    "direction": ("windows",), "metric": ("windows",), "heads": ("atp",),
+    "window": ("positions", "patch", "atp"), "keys": ("positions", "patch", "atp"),
+}  # fmt: skip
+"""Fields to what has no use for them."""
 
 
 def form(site: Site) -> "Component":
@@ -26,7 +31,7 @@ def form(site: Site) -> "Component":
     def text(name: str, label: str, width: int, value: str = "", hint: str = "") -> "Component":
         return dmc.TextInput(
             id=f"patching-do-{name}", label=label, size="xs", w=width, value=value,
-            placeholder=hint, debounce=False,
+            placeholder=hint, debounce=False, disabled="positions" in UNUSED.get(name, ()),
         )  # fmt: skip
 
     def select(name: str, label: str, width: int, data: Any, value: str) -> "Component":
@@ -50,7 +55,7 @@ def form(site: Site) -> "Component":
                                     min=1, step=1),
                     text("heads", "Only heads", 130, hint="all, L3, 9.6"),
                     dmc.NumberInput(id="patching-do-window", label="Layers at once", size="xs",
-                                    w=110, value=1, min=1, step=1),
+                                    w=110, value=1, min=1, step=1, disabled=True),
                     text("keys", "Hidden tokens", 130, hint="a span, ~span, others"),
                 ],
                 className="row",
@@ -112,11 +117,15 @@ def line_wired(app: "Dash", site: Site) -> None:
     @app.callback(
         Output("patching-do-line", "children"),
         Output("patching-do-argv", "data"),
+        *(Output(f"patching-do-{name}", "disabled") for name in UNUSED),
         *(Input(f"patching-do-{name}", "value") for name in FIELDS),
+        prevent_initial_call=True,  # it follows the model, which comes with the run
     )
-    def line(*values: Any) -> tuple[str, list[str]]:
-        argv = argv_of(dict(zip(FIELDS, values, strict=True)))
-        return shlex.join(["headscope", *argv]), argv
+    def line(*values: Any) -> tuple[Any, ...]:
+        asked = dict(zip(FIELDS, values, strict=True))
+        argv = argv_of(asked)
+        unused = (str(asked["what"]) in kinds for kinds in UNUSED.values())
+        return shlex.join(["headscope", *argv]), argv, *unused
 
     if site.jobs is not None:
         app.clientside_callback(

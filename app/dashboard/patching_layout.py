@@ -11,6 +11,7 @@ from app.dashboard.patching_form import form
 if TYPE_CHECKING:
     from dash.development.base_component import Component
 
+PLAIN = {"filter": False}  # so few columns need their room for their names
 NUMBERS = (
     number_column("effect", "Effect", width=105), number_column("ci_lo", "95 % from", width=105),
     number_column("ci_hi", "to", width=95), number_column("recovered", "Recovered", width=115),
@@ -19,7 +20,7 @@ REST = (
     {"field": "n", "headerName": "n", "width": 70, "type": "numericColumn"},
     {"field": "noise", "headerName": "Noise", "width": 95},
 )
-CELLS = (
+_CELLS = (
     HEAD,
     {"field": "position", "headerName": "At", "width": 85},
     {"field": "clean", "headerName": "Clean", "width": 120},
@@ -27,13 +28,14 @@ CELLS = (
     *NUMBERS,
     *REST,
 )
-HEADS = (
+_HEADS = (
     HEAD,
     {"field": "group", "headerName": "Key-value head", "width": 140, "hide": True},
     *NUMBERS,
     number_column("exact", "Exact", width=95),
     *REST,
 )
+CELLS, HEADS = (tuple({**c, **PLAIN} for c in group) for group in (_CELLS, _HEADS))
 
 
 def layout(site: Site) -> "Component":
@@ -87,13 +89,19 @@ def _controls() -> "Component":
         [
             dmc.Select(id="patching-metric", label="Table", data=[], size="xs", w=190),
             dmc.Select(id="patching-tower", label="Tower", data=[], size="xs", w=110),
-            dmc.Select(id="patching-example", label="Example", data=[], size="xs", w=190,
-                       clearable=True, searchable=True, limit=200, placeholder="mean over all"),
-            either("patching-by", "Means by", ("position", "position"), ("span", "span")),
             either("patching-value", "Value", ("effect", "effect"), ("recovered", "recovered")),
-            either("patching-rows", "Heads", ("strongest", f"strongest {STRONGEST}"),
-                   ("all", "all")),
-            dmc.NumberInput(id="patching-layer", label="Of layer", size="xs", w=90, min=0),
+            html.Div(
+                [
+                    dmc.Select(id="patching-example", label="Example", data=[], size="xs", w=190,
+                               clearable=True, searchable=True, limit=200,
+                               placeholder="mean over all"),
+                    either("patching-by", "Means by", ("position", "position"), ("span", "span")),
+                    either("patching-rows", "Heads", ("strongest", f"strongest {STRONGEST}"),
+                           ("all", "all")),
+                    dmc.NumberInput(id="patching-layer", label="Of layer", size="xs", w=90, min=0),
+                ],
+                id="patching-choice", hidden=True, className="row",
+            ),
             dmc.NumberInput(id="patching-threshold", label="Grey up to", size="xs", w=110, min=0,
                             decimalScale=6, step=0.05),
         ],

@@ -22,7 +22,7 @@ def choices(site: Site, feed: Feed) -> tuple[Any, ...]:
     from dash import html
 
     def nothing(note: Any, run: OpenRun | None = None) -> tuple[Any, ...]:
-        return note, others(site, run), True, True, True, True, [], "", [], "", [], BY
+        return note, others(site, run), *(True,) * 5, [], "", [], "", [], BY
 
     if "run" not in feed:
         return nothing(html.P(["Choose a run, or see ", html.A("all runs", href="/")]))
@@ -45,7 +45,8 @@ def choices(site: Site, feed: Feed) -> tuple[Any, ...]:
         else []
     )
     return (
-        _note(run), others(site, run), sweep is None and not tables, sweep is None, not tables,
+        _note(run), others(site, run), sweep is None and not tables,
+        sweep is None, sweep is None, not tables,
         not cut, list(tables), next(iter(tables), ""), towers, next(iter(towers), ""), examples,
         [m | {"disabled": m["value"] not in modes} for m in BY],
     )  # fmt: skip
@@ -80,9 +81,9 @@ def prompts(sweep: PositionSweep, example: int | None) -> "list[Component] | str
             if i in marks:
                 parts.append(html.Mark(f"{DIFFERS}{text}"))
             elif parts and isinstance(parts[-1], str):
-                parts[-1] += f" {text}"
+                parts[-1] += f"{text} "
             else:
-                parts.append(f" {text} " if parts else text)
+                parts.append(f" {text} ")
         out.append(html.P([html.Strong(f"{name}, {sweep.metric} {value:.4g}: "), *parts]))
     at = ", ".join(map(str, odd[:MARKED])) + (", …" if len(odd) > MARKED else "")
     out.append(html.P(f"They differ at {at or 'no position'}.", className="faint"))

@@ -102,17 +102,27 @@ def numbers(text: object, kind: type, what: str) -> list[Any]:
     return found
 
 
-def grid(needle: Needle, count: Callable[[str], int]) -> list[dict[str, Any]]:
+def grid(
+    needle: Needle, count: Callable[[str], int], room: int | None = None
+) -> list[dict[str, Any]]:
     """The prompts, as a file of prompts has them: by length, then depth.
 
     Args:
         needle: what is hidden and where.
         count: tokens of a text by itself.
+        room: positions of the model, if they are limited.
 
     Raises:
-        InputError: needle and question do not fit a length.
+        InputError: needle and question do not fit a length, a length with its answer does not fit
+            the model, or the haystack's first sentence fits nowhere.
     """
     fixed = count(needle.needle) + count(needle.question) + 1
+    longest = max(needle.lengths) + count(needle.answer)
+    if room is not None and longest > room:
+        raise InputError(
+            f"the longest prompt and its answer must fit the model's {room} positions; they take "
+            f"{longest}"
+        )
     out = []
     for length in needle.lengths:
         if fixed > length:
@@ -130,6 +140,11 @@ def _filler(needle: Needle, room: int, count: Callable[[str], int]) -> list[str]
     for sentence in _sentences(needle.haystack):
         size = max(1, count(sentence))
         if size > room:
+            if needle.haystack and not out and room > 0:
+                raise InputError(
+                    f"the haystack's first sentence takes {size} tokens; there is room for {room}",
+                    hint="sentences end in . or ! or ?",
+                )
             break
         room -= size
         out.append(sentence)

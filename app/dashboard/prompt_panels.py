@@ -23,8 +23,8 @@ def writing(site: Site) -> "Component":
         [
             html.H2("Text"),
             dmc.Autocomplete(
-                id="prompt-model", label="Model", data=[], size="xs", debounce=400,
-                description="a folder, a hub name or zoo:NAME; that of the run if empty",
+                id="prompt-model", data=[], size="xs", debounce=400,
+                label="Model: a folder, a hub name or zoo:NAME; that of the run if empty",
             ),
             _area("prompt-a", "Prompt A", "One prompt, or prompts as JSONL, one a line.", 7),
             html.Div(
@@ -127,7 +127,7 @@ def compared() -> "Component":
                             html.H3("Map"),
                             html.Div(
                                 dcc.Graph(id="prompt-map", config={"displaylogo": False}),
-                                role="img",
+                                role="group",
                                 **{"aria-labelledby": "prompt-map-text"},
                             ),
                             html.P(id="prompt-map-text", className="faint"),
@@ -139,7 +139,7 @@ def compared() -> "Component":
                             html.H3("Row"),
                             html.Div(
                                 dcc.Graph(id="prompt-bars", config={"displaylogo": False}),
-                                role="img",
+                                role="group",
                                 **{"aria-labelledby": "prompt-bars-text"},
                             ),
                             html.P(id="prompt-bars-text", className="faint"),
@@ -202,7 +202,7 @@ def needles(site: Site) -> "Component":
             html.H3("Retrieval by depth and length"),
             html.Div(
                 dcc.Graph(id="prompt-grid", config={"displaylogo": False}),
-                role="img",
+                role="group",
                 **{"aria-labelledby": "prompt-grid-text"},
             ),
             html.P(id="prompt-grid-text", className="faint"),

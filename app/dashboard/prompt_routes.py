@@ -82,7 +82,12 @@ def _working(server: Flask, site: Site) -> None:
     def needle(body: Body) -> Any:
         wanted = Needle.read(body)
         source = _read(site, {**body, "texts": [wanted.needle]}).source
-        entries = jobs.call(lambda: grid(wanted, _counter(jobs.model(source))), 45.0)
+
+        def make() -> list[dict[str, Any]]:
+            model = jobs.model(source)
+            return grid(wanted, _counter(model), model.context)
+
+        entries = jobs.call(make, 45.0)
         text = jsonl(entries)
         options = _options(site, body)
         path = str(kept(text, site.root))
@@ -99,7 +104,7 @@ def asked(route: Callable[[Body], Any]) -> Callable[[], Response]:
     @wraps(route)
     def safe() -> Response:
         try:
-            body = request.get_json(force=True, silent=True)
+            body = _json()
             if not isinstance(body, dict):
                 raise InputError("a request must be a JSON mapping")
             return jsonify(route(body))
@@ -112,6 +117,13 @@ def asked(route: Callable[[Body], Any]) -> Callable[[], Response]:
             return Response(told(error), status=status, mimetype="text/plain")
 
     return safe
+
+
+def _json() -> Any:
+    try:
+        return request.get_json(force=True, silent=True)
+    except RecursionError:
+        return None
 
 
 def _options(site: Site, body: Body) -> dict[str, str]:

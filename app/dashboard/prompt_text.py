@@ -1,7 +1,7 @@
 """What somebody typed, as prompts: checked, and written as the lines of a file of prompts.
 
-A text is one prompt, or several as JSONL, where its first sign is a brace. Whatever is in it is
-text: nothing of it is read as a file, a path or an image.
+A text is one prompt, or several as JSONL, where its first line is a mapping that says a prompt.
+Whatever is in it is text: nothing of it is read as a file, a path or an image.
 """
 
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from interp.promptfile import Line
 
 MOST = 1_000_000
-"""Most signs of a text."""
+"""Most characters of a text."""
 _SHORT = 400
 _OPTIONS = ("--device", "--dtype", "--attn", "--revision")
 
@@ -107,12 +107,12 @@ def check_text(text: object, what: str) -> str:
         raise InputError(f"{what} must be a text that is not empty")
     if len(text) > MOST:
         raise InputError(
-            f"{what} must have at most {MOST:,} signs; got {len(text):,}",
+            f"{what} must have at most {MOST:,} characters; got {len(text):,}",
             hint="headscope capture --prompts FILE reads longer ones",
         )
     at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
     if at is not None:
-        raise InputError(f"{what} must be Unicode; sign {at} is half of a surrogate pair")
+        raise InputError(f"{what} must be Unicode; character {at} is half of a surrogate pair")
     return text
 
 
@@ -159,7 +159,7 @@ def written(asked: Asked, model: "Model | None" = None) -> Written:
             some = lines[:1] if len(asked.texts) > 1 else lines
             if len(some) < len(lines):
                 notes.append(f"{name} holds {len(lines)} prompts: the first is compared")
-            entries += [_entry(line, name if len(some) == 1 else line.id) for line in some]
+            entries += [_entry(line, name if len(asked.texts) > 1 else line.id) for line in some]
         elif asked.chat and model is not None:
             entries.append(_through_template(text, name, model))
         else:

@@ -123,7 +123,9 @@ def drawn_row(a: "HeadTrace", b: "HeadTrace", found: Alignment, feed: Feed) -> t
     order = order[size[order] >= 0]
     figure = row_bars(one, other, order, labels=labels, theme=feed.get("theme"))
     top = np.argsort(-size, kind="stable")[:5]
-    words = ", ".join(f"{labels[i]} ({i}) {change[i]:+.3f}" for i in top.tolist() if size[i] >= 5e-4)
+    words = ", ".join(
+        f"{labels[i]} ({i}) {change[i]:+.3f}" for i in top.tolist() if size[i] >= 5e-4
+    )
     shown = f"the {len(order)} keys that differ most" if len(found) > BARS else "every key"
     largest = words or "nothing of 0.001 or more"
     return figure, f"Row {row}, {labels[row]}: {shown}. Largest A − B: {largest}."

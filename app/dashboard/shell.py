@@ -261,12 +261,19 @@ def _copies() -> "Component":
 
     return html.Dialog(
         [
-            html.H2("Copy what is shown", id="copies-title"),
+            html.H2("Copy or download what is shown", id="copies-title"),
             html.Div(
                 [
                     html.Button("as link", id="copy-link", className="plain"),
                     html.Button("as Python", id="copy-python", className="plain"),
                     html.Button("as command", id="copy-command", className="plain"),
+                ],
+                className="row",
+            ),
+            html.Div(
+                [
+                    html.Button("figures as PNG", id="figures-png", className="plain"),
+                    html.Button("figures as SVG", id="figures-svg", className="plain"),
                 ],
                 className="row",
             ),

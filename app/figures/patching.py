@@ -61,7 +61,7 @@ def position_map(view: "View", *, theme: str | None = None, threshold: float = 0
     figure = go.Figure(
         go.Heatmap(
             z=np.where(noise, np.nan, view.values).astype(np.float32), zmin=-most, zmax=most,
-            colorscale=DIVERGING, colorbar=_bar(view.unit), **common,
+            colorscale=DIVERGING, colorbar=_bar(view.recovered), **common,
         )
     )  # fmt: skip
     if noise.any():
@@ -71,7 +71,7 @@ def position_map(view: "View", *, theme: str | None = None, threshold: float = 0
             colorscale=[[0, grey], [1, grey]], zmin=0, zmax=1,
             **(common | ({} if spoken else {"hovertemplate": "%{y}: noise<extra></extra>"})),
         )  # fmt: skip
-    styled(figure, theme, height=int(min(1100, max(240, 170 + 17 * len(names)))))
+    styled(figure, theme, height=int(min(1100, max(280, 170 + 17 * len(names)))))
     at, labels = ticks(view.columns)
     figure.update_xaxes(
         tickmode="array", tickvals=at, ticktext=labels, tickangle=-55, showgrid=False,
@@ -116,8 +116,10 @@ def _most(values: np.ndarray) -> float:
     return float(np.abs(found).max()) if len(found) and np.abs(found).max() > 0 else 1.0
 
 
-def _bar(title: str) -> dict[str, Any]:
-    return {"title": {"text": esc(title, 40), "side": "right"}, "thickness": 12, "outlinewidth": 0}
+def _bar(recovered: bool) -> dict[str, Any]:
+    # One word: what is measured stands in the text, and small figures have no room for it.
+    title = {"text": "recovered" if recovered else "effect", "side": "right"}
+    return {"title": title, "thickness": 12, "outlinewidth": 0}
 
 
 def effect_column(table: "HeadScores", *, recovered: bool = False) -> tuple[np.ndarray, str]:
@@ -174,7 +176,7 @@ def effect_grid(
     import plotly.graph_objects as go
 
     tower = tower or table.towers[0]
-    values, unit = effect_column(table, recovered=recovered)
+    values, _ = effect_column(table, recovered=recovered)
     noise = unsure(table, recovered=recovered, threshold=threshold, floor=floor)
     mine = [i for i, h in enumerate(table.heads) if h.tower == tower]
     rows = max(table.heads[i].layer for i in mine) + 1
@@ -201,8 +203,8 @@ def effect_grid(
     }  # fmt: skip
     figure = go.Figure(
         [
-            go.Heatmap(z=strong, zmin=-most, zmax=most, colorscale=DIVERGING, colorbar=_bar(unit),
-                       **common),
+            go.Heatmap(z=strong, zmin=-most, zmax=most, colorscale=DIVERGING,
+                       colorbar=_bar(recovered), **common),
             go.Heatmap(z=grey, zmin=0, zmax=1, colorscale=[[0, colour], [1, colour]],
                        showscale=False, **common),
         ]

@@ -17,7 +17,7 @@ from interp.errors import InterpError
 if TYPE_CHECKING:
     from dash import Dash
 
-PARTS = ("maps", "heads", "windows")
+PARTS = ("choice", "maps", "heads", "windows")
 """Parts of the page that are there only where the run has something for them."""
 
 
@@ -100,7 +100,7 @@ def wire(app: "Dash", site: Site) -> None:
         try:
             run = site.run(feed)
             table = of.effects(run, feed)
-            floor = of.floor_of(run)
+            floor = of.floor_of(run, table)
             figure = effect_grid(
                 table, tower=tower_of(table, feed), theme=theme, threshold=threshold, floor=floor,
                 recovered=feed.get("pval") == "recovered",
