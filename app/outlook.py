@@ -189,8 +189,9 @@ def hollow(hf: "nn.Module") -> "nn.Module":
                 if x is None or not x.is_meta:
                     continue
                 if id(x) not in made:  # tied weights stay tied
-                    held = torch.from_numpy(np.zeros(x.numel() * x.element_size(), np.uint8))
-                    zeros = held.view(x.dtype).view(x.shape)
+                    size = max(1, x.numel()) * x.element_size()
+                    held = torch.from_numpy(np.zeros(size, np.uint8)).view(x.dtype)
+                    zeros = held[: x.numel()].view(x.shape)
                     is_weight = isinstance(x, nn.Parameter)
                     made[id(x)] = nn.Parameter(zeros, requires_grad=False) if is_weight else zeros
                 some[name] = made[id(x)]

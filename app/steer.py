@@ -122,9 +122,11 @@ def run(
                 loaded, made, data, text, controls=controls, seed=seed, batch_size=size,
                 progress=told,
             )  # fmt: skip
+        effects, draws = _apart(effects)
         facts = {
             "rows": rows_of(loaded, data, plain, steered),
             "side_effects": effects,
+            "draws": draws,
             "notes": notes,
             "recipe": str(made).splitlines(),
         }
@@ -267,7 +269,8 @@ def sweep(
                 rows += [{"strength": x, **row} for row in effects]
                 notes |= dict.fromkeys(said)
                 told(i + 1, len(values))
-        return Answer({}, {"rows": rows, "notes": list(notes), "name": plan.name,
+        rows, draws = _apart(rows)
+        return Answer({}, {"rows": rows, "draws": draws, "notes": list(notes), "name": plan.name,
                            "recipe": str(made[-1]).splitlines()})  # fmt: skip
 
     keeping = Keeping(
@@ -276,6 +279,16 @@ def sweep(
     )  # fmt: skip
     answer = kept(keeping, key, compute, task=asked.name, seed=seed)
     write_sweep(answer, source.name, format=format, top=None, quiet=quiet)
+
+
+def _apart(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measures of `app.sideeffects`, and the change by each random control beside them."""
+    lists = ("control_changes",)
+    plain = [{k: v for k, v in row.items() if k not in lists} for row in rows]
+    draws = [{k: v for k, v in row.items() if k in ("strength", "measure", *lists)} for row in rows]
+    return plain, draws
 
 
 def _numbers(text: str) -> list[float]:

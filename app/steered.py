@@ -7,7 +7,9 @@ from app.keep import Answer
 from app.tables import Format, Part, Table, write
 
 _TEXTS = ("id", "prompt", "without", "with", "same", "answer")
-_EFFECTS = ("measure", "without", "with", "change", "control_change", "n")
+_EFFECTS = (
+    "measure", "without", "with", "change", "control_change", "n", "ci_lo", "ci_hi",
+)  # fmt: skip
 
 
 def write_steered(

@@ -272,10 +272,10 @@ def test_a_folder_of_a_model_of_images_is_counted(run, saved) -> None:
 
 
 def test_weights_of_zeros_keep_ties_and_take_no_memory() -> None:
-    import resource
-
     import torch
     from torch import nn
+
+    resource = pytest.importorskip("resource")
 
     from app.outlook import hollow
 

@@ -24,7 +24,7 @@ from app.dashboard.intervene import (
     task_of,
 )
 from app.dashboard.intervene_parts import pieces
-from app.dashboard.intervene_result import shown
+from app.dashboard.intervene_result import measured, shown
 from app.dashboard.jobs_line import _parsed, check_line
 from app.dashboard.library import Library
 from app.exits import UsageError
@@ -162,7 +162,7 @@ def test_changes_of_a_recipe_have_intervals_and_every_draw(library):
 
     model = load(RETRIEVAL)
     prompts = make_task("needle", {"lengths": "48"}).prompts(model, 2, seed=0)
-    for row in rows_of(library, "sweep"):
+    for row in measured(library.open("sweep").facts, "rows"):
         assert row["ci_lo"] <= row["change"] + 1e-9 and row["change"] <= row["ci_hi"] + 1e-9
         assert np.mean(row["control_changes"]) == pytest.approx(row["control_change"], abs=1e-9)
         if row["measure"] != "cross-entropy of answers":
@@ -313,7 +313,8 @@ def test_a_run_without_single_draws_is_drawn_by_its_mean():
 
 
 def test_a_curve_has_the_value_at_each_strength(library):
-    rows = [r for r in rows_of(library, "sweep") if r["measure"] == "KL on answers"]
+    every = measured(library.open("sweep").facts, "rows")
+    rows = [r for r in every if r["measure"] == "KL on answers"]
     figure = dose(list(reversed(rows)))
     mine = trace_of(figure, "95 %")
     assert list(mine.x) == [0, 1, 2] and list(mine.y) == [r["with"] for r in rows]
@@ -342,6 +343,18 @@ def test_word_marks_lose_nothing_and_mark_only_what_differs(before, after):
 # ---- the page
 
 
+def leave(page, address="about:blank"):
+    """Go elsewhere; a question that is under way then fails, which is no fault."""
+    page.goto(address)
+    page.problems[:] = [x for x in page.problems if not x.startswith("failed: ")]
+
+
+def opened(page, address):
+    """Go there, and wait for the form."""
+    leave(page, address)
+    page.wait_for_selector("#intervene-op")
+
+
 def until(page, script):
     page.wait_for_function(f"() => {script}", timeout=60_000)
 
@@ -349,7 +362,7 @@ def until(page, script):
 def test_a_result_stands_beside_the_page_s_own_form_in_both_themes(root, page):
     with served(root) as site:
         for theme in ("light", "dark"):
-            page.goto(f"{site}/r/sets/intervene?theme={theme}")
+            opened(page, f"{site}/r/sets/intervene?theme={theme}")
             until(page, "document.querySelector('#intervene-result .js-plotly-plot .main-svg')")
             assert violations(page) == []
         # A server that only reads says so, and shows the command instead of a button.
@@ -361,12 +374,14 @@ def test_a_result_stands_beside_the_page_s_own_form_in_both_themes(root, page):
         assert "--heads L0H0,L1H0" in line and line.startswith("headscope ablate --joint --each")
         page.goto(f"{site}/jobs")
         page.wait_for_selector("#page-jobs >> text=This server only reads")
+        leave(page)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_ablation_is_estimated_run_and_shown_and_another_cancelled(root, page):
     short = "param=needle:lengths=48&n=3&draws=2"
     with served(root, jobs=True) as site:
-        page.goto(f"{site}/r/rank/intervene?basket=L1H0&{short}")
+        opened(page, f"{site}/r/rank/intervene?basket=L1H0&{short}")
         until(page, "document.getElementById('intervene-command').textContent.includes('ablate')")
         page.click("#intervene-dry")
         until(page, "/3 prompts of 1\\d\\d tokens/.test("
@@ -384,31 +399,33 @@ def test_an_ablation_is_estimated_run_and_shown_and_another_cancelled(root, page
         # The address holds all of it: opened anew it shows the same.
         address = page.url
         assert "result=ablate-zero" in address and "job=" in address
-        page.goto("about:blank")
-        page.goto(address)
+        leave(page)
+        opened(page, address)
         page.wait_for_selector("#intervene-result .js-plotly-plot")
         assert "100% → 0%" in page.inner_text("#intervene-result")
 
         # Long enough to be caught; reopened in the middle nothing is lost.
-        page.goto(f"{site}/r/rank/intervene?basket=L0H0,L1H0,L1H1&n=400&op=zero")
+        opened(page, f"{site}/r/rank/intervene?basket=L0H0,L1H0,L1H1&n=400&op=zero")
         until(page, "document.getElementById('intervene-command').textContent.includes('400')")
         page.click("#intervene-go")
         page.wait_for_selector("#intervene-job [role=progressbar]")
         address = page.url
-        page.goto("about:blank")
-        page.goto(address)
+        leave(page)
+        opened(page, address)
         page.wait_for_selector("#intervene-job [role=progressbar]")
         assert page.get_attribute("#nav-jobs", "data-count") == "1"
         page.click("#intervene-job button")
         until(page, "document.getElementById('intervene-job').textContent.includes('cancelled')")
         until(page, "!document.getElementById('nav-jobs').dataset.count")
+        leave(page)
 
 
 def test_a_mistake_in_the_form_is_a_line_and_no_job(root, page):
     with served(root, jobs=True) as site:
-        page.goto(f"{site}/r/rank/intervene?basket=L1H0&op=mean")
+        opened(page, f"{site}/r/rank/intervene?basket=L1H0&op=mean")
         until(page, "/needs clean and corrupted/.test("
                     "document.getElementById('intervene-said').textContent)")  # fmt: skip
         assert page.is_disabled("#intervene-go")
-        page.goto(f"{site}/r/rank/intervene?basket=L1H0&n=0")
-        until(page, "/range/.test(document.getElementById('intervene-said').textContent)")
+        opened(page, f"{site}/r/rank/intervene?basket=L1H0&n=0")
+        until(page, "document.getElementById('intervene-said').textContent.includes('--n')")
+        leave(page)

@@ -1,5 +1,6 @@
 """The page of jobs: its routes, and what a browser sees of jobs wherever it is."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -51,7 +52,7 @@ def test_a_page_is_told_little_and_of_one_job_everything():
     assert [(j["id"], j["run"]) for j in ended["jobs"]] == [("old3", "run-3")]
     assert len(answer(over, set(), every=True, chosen=None, mark=None)["jobs"]) == 40
     full = answer([mine], set(), every=False, chosen="mine", mark=None)["job"]
-    assert full["log"] == mine.log and full["command"] == mine.command
+    assert full["log"] == list(mine.log) and full["command"] == mine.command
     again = answer([mine], set(), every=False, chosen="mine", mark=full["mark"])["job"]
     assert "log" not in again and again["done"] == 3
     more = dataclasses.replace(mine, log=(*mine.log, "new"))
@@ -61,8 +62,8 @@ def test_a_page_is_told_little_and_of_one_job_everything():
 
 @pytest.mark.parametrize(
     ("argv", "shown_by"),
-    [(("ablate",), "intervene"), (("steer", "run"), "intervene"), (("verdict", "sink"), "intervene"),
-     (("rank", "sink"), "heads"), (("capture",), "heads")],
+    [(("ablate",), "intervene"), (("steer", "run"), "intervene"),
+     (("verdict", "sink"), "intervene"), (("rank", "sink"), "heads"), (("capture",), "heads")],
 )  # fmt: skip
 def test_a_run_is_shown_by_the_page_that_knows_it(argv, shown_by):
     assert brief(job(argv=argv, run="r"))["page"] == shown_by
@@ -93,11 +94,11 @@ def test_a_request_of_another_form_is_refused(content):
 # ---- routes
 
 
-@pytest.fixture
-def client(tmp_path):
-    with Jobs(tmp_path / "runs") as queue:
-        made = make_app(tmp_path / "runs", Access("127.0.0.1", 8050), queue)
-        yield made.server.test_client()
+@contextlib.contextmanager
+def opened(root):
+    """A client of a server; made within a test, whose streams the jobs' logs stand over."""
+    with Jobs(root) as queue:
+        yield make_app(root, Access("127.0.0.1", 8050), queue).server.test_client()
 
 
 def post(client, path, content=None, **headers):
@@ -114,24 +115,33 @@ def end(client, id):
     return told_of(client, id)
 
 
-def test_a_job_is_submitted_followed_and_its_run_found(client):
-    made = post(client, "/jobs", {"argv": RANK, "title": "mine"})
-    assert made.status_code == 200 and made.json["title"] == "mine"
-    found = end(client, made.json["id"])
-    assert found["status"] == "done" and found["run"].startswith("induction-") and found["log"]
-    assert found["command"].split()[1:] == RANK and found["peak_rss"] > 0
-    listed = client.get("/jobs.json?all=1", headers=HOST)
-    assert [j["id"] for j in listed.json["jobs"]] == [found["id"]] and listed.json["active"] == 0
-    # Nothing new is not sent again.
-    tag = {"If-None-Match": listed.headers["ETag"]}
-    same = client.get("/jobs.json?all=1", headers={**HOST, **tag})
-    assert same.status_code == 304 and not same.data
+def test_a_job_is_submitted_followed_and_its_run_found(tmp_path):
+    with opened(tmp_path) as client:
+        made = post(client, "/jobs", {"argv": RANK, "title": "mine"})
+        assert made.status_code == 200 and made.json["title"] == "mine"
+        found = end(client, made.json["id"])
+        assert found["status"] == "done" and found["run"].startswith("induction-") and found["log"]
+        assert found["command"].split()[1:] == RANK and found["peak_rss"] > 0
+        listed = client.get("/jobs.json?all=1", headers=HOST)
+        assert [j["id"] for j in listed.json["jobs"]] == [found["id"]] and listed.json[
+            "active"
+        ] == 0
+        # Nothing new is not sent again.
+        tag = {"If-None-Match": listed.headers["ETag"]}
+        same = client.get("/jobs.json?all=1", headers={**HOST, **tag})
+        assert same.status_code == 304 and not same.data
 
 
-def test_a_running_job_is_cancelled(client):
-    made = post(client, "/jobs", {"argv": LONG})
-    assert post(client, f"/jobs/{made.json['id']}/cancel").status_code == 200
-    assert end(client, made.json["id"])["status"] == "cancelled"
+# An interrupt that lands in a destructor is ignored there, and made again.
+SWALLOWED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@SWALLOWED
+def test_a_running_job_is_cancelled(tmp_path):
+    with opened(tmp_path) as client:
+        made = post(client, "/jobs", {"argv": LONG})
+        assert post(client, f"/jobs/{made.json['id']}/cancel").status_code == 200
+        assert end(client, made.json["id"])["status"] == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -139,21 +149,23 @@ def test_a_running_job_is_cancelled(client):
     [({"argv": ["serve"]}, "a job must be one of"), ({"argv": ["rank", "--nope"]}, "--nope"),
      ({"argv": [*RANK, "--out", "/tmp/elsewhere"]}, "must lie in"), ({}, "a job is")],
 )  # fmt: skip
-def test_what_cannot_run_is_a_line_and_no_job(client, content, line):
-    answer = post(client, "/jobs", content)
-    assert answer.status_code == 400 and line in answer.json["error"]
-    assert client.get("/jobs.json?all=1", headers=HOST).json["jobs"] == []
+def test_what_cannot_run_is_a_line_and_no_job(tmp_path, content, line):
+    with opened(tmp_path) as client:
+        answer = post(client, "/jobs", content)
+        assert answer.status_code == 400 and line in answer.json["error"]
+        assert client.get("/jobs.json?all=1", headers=HOST).json["jobs"] == []
 
 
-def test_only_the_server_s_own_page_submits_and_cancels(client):
-    for path in ("/jobs", "/jobs/a1/cancel"):
-        for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
-            assert post(client, path, {"argv": RANK}, **headers).status_code == 403
-    plain = client.post("/jobs", data='{"argv": ["rank"]}', headers=HOST)
-    assert plain.status_code == 400  # a form of another page cannot say that it sends JSON
-    unknown = post(client, "/jobs/nope/cancel")
-    assert unknown.status_code == 404 and "nope" in unknown.json["error"]
-    assert client.get("/jobs.json?all=1", headers=HOST).json["jobs"] == []
+def test_only_the_server_s_own_page_submits_and_cancels(tmp_path):
+    with opened(tmp_path) as client:
+        for path in ("/jobs", "/jobs/a1/cancel"):
+            for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+                assert post(client, path, {"argv": RANK}, **headers).status_code == 403
+        plain = client.post("/jobs", data='{"argv": ["rank"]}', headers=HOST)
+        assert plain.status_code == 400  # a form of another page cannot say that it sends JSON
+        unknown = post(client, "/jobs/nope/cancel")
+        assert unknown.status_code == 404 and "nope" in unknown.json["error"]
+        assert client.get("/jobs.json?all=1", headers=HOST).json["jobs"] == []
 
 
 def test_a_server_that_only_reads_runs_nothing(tmp_path):
@@ -166,10 +178,17 @@ def test_a_server_that_only_reads_runs_nothing(tmp_path):
 # ---- in a browser
 
 
+def leave(page, address="about:blank"):
+    """Go elsewhere; a question that is under way then fails, which is no fault."""
+    page.goto(address)
+    page.problems[:] = [x for x in page.problems if not x.startswith("failed: ")]
+
+
 def until(page, script):
     page.wait_for_function(f"() => {script}", timeout=60_000)
 
 
+@SWALLOWED
 def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, page):
     with served(tmp_path / "runs", jobs=True) as site:
         page.goto(f"{site}/jobs")
@@ -177,6 +196,7 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
         page.fill("#jobs-line", "headscope serve")
         page.click("#jobs-run")
         page.wait_for_selector(".toast >> text=a job must be one of")
+        page.problems.clear()  # the browser reports the status of a refusal
         page.fill("#jobs-line", " ".join(["headscope", *LONG]))
         page.keyboard.press("Enter")
         page.wait_for_selector(".job [role=progressbar]")
@@ -187,8 +207,8 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
         until(page, "document.querySelectorAll('.job').length === 2")
         states = page.eval_on_selector_all(".job .badge", "es => es.map(e => e.textContent)")
         assert states[1] == "running" and "queued" in states[0]
-        until(page, "Number(document.querySelectorAll('.job')[1]"
-                    ".querySelector('[role=progressbar]').getAttribute('aria-valuenow')) > 0")  # fmt: skip
+        until(page, "Number(document.querySelectorAll('.job [role=progressbar]')[1]"
+                    ".getAttribute('aria-valuenow')) > 0")  # fmt: skip
         assert violations(page) == []
         page.click(".job >> nth=1 >> text=cancel")
         until(page, "document.querySelectorAll('.job .badge')[1].textContent === 'cancelled'")
@@ -198,6 +218,9 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
         page.wait_for_selector("#runs-table >> text=induction-")
         page.click(".toast >> text=show it")
         until(page, "/\\/r\\/induction-.*\\/heads/.test(location.pathname)")
+        page.wait_for_selector("#heads-grid .js-plotly-plot .heatmaplayer")
+        page.wait_for_load_state("networkidle")
+        leave(page)
 
 
 def test_a_job_can_be_looked_up_by_its_address_and_run_again(tmp_path, page):
@@ -208,7 +231,7 @@ def test_a_job_can_be_looked_up_by_its_address_and_run_again(tmp_path, page):
         page.click("#jobs-run")
         page.wait_for_selector("#jobs-detail >> text=show the run")
         address = page.url
-        page.goto("about:blank")
+        leave(page)
         page.goto(address)
         page.wait_for_selector("#jobs-detail >> text=show the run")
         assert page.inner_text("#jobs-detail .job-command") == " ".join(["headscope", *RANK])
@@ -219,10 +242,12 @@ def test_a_job_can_be_looked_up_by_its_address_and_run_again(tmp_path, page):
         until(
             page, "document.querySelector('.job-log').textContent.includes('nothing was computed')"
         )
-        page.goto(f"{site}/jobs?job=nope")
+        leave(page, f"{site}/jobs?job=nope")
         page.wait_for_selector("text=There is no job nope")
+        leave(page)
 
 
+@SWALLOWED
 def test_a_hidden_tab_asks_nothing(tmp_path, page):
     with served(tmp_path / "runs", jobs=True) as site:
         page.add_init_script(
@@ -246,3 +271,4 @@ def test_a_hidden_tab_asks_nothing(tmp_path, page):
                       "document.dispatchEvent(new Event('visibilitychange')); }")  # fmt: skip
         page.wait_for_timeout(400)
         assert polls
+        leave(page)

@@ -205,7 +205,8 @@
 
   hs.listen((s, page) => {
     if (page !== "head" || s.layer === undefined || !placed || s.run !== placed.run) return;
-    if ((s.prompt || placed.prompt) === placed.prompt && (s.tower || placed.tower) === placed.tower) load(s);
+    const same = ["prompt", "tower", "layer", "head"].every((n) => (s[n] || placed[n]) === placed[n]);
+    if (same) load(s);
   });
   /* The server says which prompt and tower stand for those not named. */
   window.dash_clientside.headscope.place = (data) => {

@@ -98,13 +98,17 @@ def evidence(run: OpenRun, head: HeadId, feed: Feed) -> "Component | str":
         null = None if table.null_per_example is None else float(table.null_per_example[j, i])
         where = 1 + int(np.flatnonzero(order == j)[0])
         label: Any = name
+        edit: Any = ""
         if name in traces:
             label = html.A(name, href=_link(run, head, traces[name]))
-        rows.append([label, _number(float(scores[j])), _number(null), f"{where} of {len(order)}"])
+            edit = html.A("edit", href=f"/r/{run.name}/prompt?p={traces[name]}",
+                          **{"aria-label": f"edit {name}"})  # fmt: skip
+        place = f"{where} of {len(order)}"
+        rows.append([label, _number(float(scores[j])), _number(null), place, edit])
     spread = _spread(scores[defined])
     parts: list[Any] = [
         html.P(f"{table.detector}: {table.message}."),
-        _table(["prompt", "score", "control", "place"], rows),
+        _table(["prompt", "score", "control", "place", ""], rows),
         html.P(f"Prompts by interval of the score: {spread}", className="faint"),
     ]
     if table.failures:

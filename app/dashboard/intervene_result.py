@@ -249,8 +249,14 @@ def _steer(run: OpenRun, theme: str | None) -> "list[Component]":
     ]  # fmt: skip
 
 
+def measured(facts: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Rows of measures, each with the change by every random control, as far as they were kept."""
+    draws = facts.get("draws") or [{} for _ in facts[name]]
+    return [{**row, **draw} for row, draw in zip(facts[name], draws, strict=True)]
+
+
 def _side(facts: Mapping[str, Any], theme: str | None) -> "list[Component]":
-    rows = list(facts["side_effects"])
+    rows = measured(facts, "side_effects")
     notes = _sentences(facts)
     if not rows:
         return [line(notes or "No side effects were measured.")]
@@ -274,7 +280,7 @@ def _sweep(run: OpenRun, theme: str | None) -> "list[Component]":
     names = list(dict.fromkeys(row["measure"] for row in facts["rows"]))
     figures, numbers = [], []
     for name in names:
-        rows = [row for row in facts["rows"] if row["measure"] == name]
+        rows = [row for row in measured(facts, "rows") if row["measure"] == name]
         said = ", ".join(f"{r['strength']:g}: {number(r['with'])}" for r in rows)
         figures.append(html.Div(
             [html.H3(name), html.Figure(

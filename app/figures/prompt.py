@@ -58,7 +58,8 @@ def difference_map(
         if found.exact and high - low <= _LABELLED and len(labels) >= high:
             names = [f"{esc(labels[i], 18)} {i}" for i in range(low, high)]
             update(tickmode="array", tickvals=list(range(low, high)), ticktext=names, title=None)
-    figure.update_xaxes(tickangle=-60)
+    if figure.layout.xaxis.ticktext is not None:
+        figure.update_xaxes(tickangle=-60)
     return figure
 
 

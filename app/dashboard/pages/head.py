@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from app.dashboard.headfacts import alike, badges, causes, evidence, writes
 from app.dashboard.modes import MODES, window_of
 from app.dashboard.page import Feed, Page, Site, enter, head_of, told
 from app.dashboard.pages.heads import ROWS, shown
@@ -141,37 +142,44 @@ def wire(app: "Dash", site: Site) -> None:
         Output("head-title", "children"),
         Output("head-badges", "children"),
         Output("head-note", "children"),
+        Input("head-which", "data"),
+    )
+    def which(feed: Feed | None) -> Any:
+        if not feed or "run" not in feed:
+            return no_update
+        try:
+            found = site.run(feed)
+            head = head_of(feed) or best_of(found, feed)
+        except InterpError as error:
+            return {}, "Head", [], html.P(told(error), className="alert", role="alert")
+        place = {"run": found.name, "prompt": None, "tower": head.tower,
+                 "layer": str(head.layer), "head": str(head.head)}  # fmt: skip
+        try:
+            layer = traced_head(found, feed).layer
+            place |= {"prompt": layer.tower.trace.key, "tower": layer.tower.name}
+            note = html.P(faithful(layer.form, layer.error, layer.note), className="faint")
+        except InterpError as error:
+            note = html.P(told(error), className="alert", role="alert")
+        return place, f"Head {head}", badges(found, head), note
+
+    @app.callback(
         Output("head-evidence", "children"),
         Output("head-causes", "children"),
         Output("head-writes", "children"),
         Output("head-alike", "children"),
         Input("head-which", "data"),
     )
-    def which(feed: Feed | None) -> Any:
-        from app.dashboard.headfacts import alike, badges, causes, evidence, writes
-
+    def facts(feed: Feed | None) -> Any:
         if not feed or "run" not in feed:
             return no_update
-        head = head_of(feed)
         try:
             found = site.run(feed)
-            if head is None:
-                table = shown(found, feed)
-                head = table.top(1)[0] if table.top(1) else table.heads[0]
-        except InterpError as error:
-            return {}, "Head", [], html.P(told(error), className="alert", role="alert"), *[""] * 4
-        note: Any = ""
-        place = {"run": found.name, "prompt": None, "tower": head.tower}
-        try:
-            trace = found.trace(feed.get("prompt"))
-            layer = trace.layer(head.tower, head.layer)
-            place["prompt"] = trace.key
-            note = html.P(faithful(layer.form, layer.error, layer.note), className="faint")
-        except InterpError as error:
-            note = html.P(told(error), className="alert", role="alert")
+            head = head_of(feed) or best_of(found, feed)
+        except InterpError:
+            return ("",) * 4
         return (
-            place, f"Head {head}", badges(found, head), note, evidence(found, head, feed),
-            causes(site, found, head), writes(found, head, feed), alike(found, head),
+            evidence(found, head, feed), causes(site, found, head), writes(found, head, feed),
+            alike(found, head),
         )  # fmt: skip
 
     @app.callback(
@@ -230,6 +238,12 @@ def wire(app: "Dash", site: Site) -> None:
             ClientsideFunction("headscope", function), Input(source, prop),
             prevent_initial_call=True,
         )  # fmt: skip
+
+
+def best_of(run: "OpenRun", feed: Feed) -> HeadId:
+    """The strongest head of the table that a feed names."""
+    table = shown(run, feed)
+    return (table.top(1) or table.heads)[0]
 
 
 def traced_head(run: "OpenRun", feed: Feed) -> HeadTrace:
