@@ -12,8 +12,8 @@ from patching_kit import difference, logits_of, random_pairs, seen_z, tiny
 from test_app_counts import LOOKS
 
 from app.positions import PositionSweep, read_positions
+from app.positionsweep import sweep_positions
 from app.positionview import OTHER, cells, strongest, view_of
-from app.positionwork import sweep_positions
 from interp import load
 from interp.errors import InputError, RunError
 from interp.files import read_table, write_table
@@ -171,6 +171,9 @@ def test_means_over_spans_where_prompts_do_not_align() -> None:
     np.testing.assert_allclose(view.values, want)
     assert view.n.tolist() == [3, 1, 3] and np.isnan(view.low[:, 1]).all()
     assert [c.differs for c in view.columns] == [True, False, False]
+    same = tuple((a, a) for a, _ in sweep.texts)
+    first = replace(sweep, texts=(sweep.texts[0], *same[1:]))
+    assert [c.differs for c in view_of(first).columns] == [True, False, False]
 
 
 def test_what_examples_do_not_share_is_refused() -> None:

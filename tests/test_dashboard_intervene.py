@@ -212,7 +212,7 @@ def test_what_the_form_asks_for_is_a_command_that_can_run_as_a_job(name, tmp_pat
         assert values["at"] == "last"
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]),
                         min_size=1).filter(str.strip), min_size=1, max_size=4))  # fmt: skip
 def test_own_prompts_reach_the_command_as_they_were_typed(texts):

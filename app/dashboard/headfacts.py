@@ -108,7 +108,7 @@ def evidence(run: OpenRun, head: HeadId, feed: Feed) -> "Component | str":
     spread = _spread(scores[defined])
     parts: list[Any] = [
         html.P(f"{table.detector}: {table.message}."),
-        _table(["prompt", "score", "control", "place", ""], rows),
+        _table(["prompt", "score", "control", "place", "again"], rows),
         html.P(f"Prompts by interval of the score: {spread}", className="faint"),
     ]
     if table.failures:
