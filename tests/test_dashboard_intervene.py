@@ -49,7 +49,9 @@ RUNS = {
     "pairs": ("ablate", "-m", "zoo:planted-ioi", "-t", "ioi", "-q", "--n", "3", "--reference",
               "mean", "--heads", "L2H0,L2H1", "--joint", "--each", "--controls", "2"),
     "ablate": ("ablate", *ON, "--n", "3", "--heads", "L1"),
-    "verdict": ("verdict", "retrieval", *ON, "--n", "9", "--controls", "2", "--heads",
+    "needle": ("ablate", "-m", "zoo:needle", *NEEDLE, "--heads", "L1H0,L1H2", "--joint", "--each",
+               "--n", "4", "--controls", "3"),
+    "verdict": ("verdict", "retrieval", "-m", "zoo:needle", *NEEDLE, "--n", "9", "--controls", "2", "--heads",
                 "L1H0,L1H1"),
     "steer": ("steer", "run", "--op", "zero", *ON, *STEER, "--tokens", "4"),
     "sweep": ("steer", "sweep", "--op", "scale", "--strengths", "0,1,2", *ON, *STEER),
@@ -181,7 +183,7 @@ def test_a_verdict_keeps_each_draw_of_its_controls(library):
     for name, row in rows.items():
         effects = [d["effect"] for d in facts["draws"][name]]
         assert len(effects) == row["controls"]
-        assert np.mean(effects) == pytest.approx(row["control"])
+        assert np.mean(effects) == pytest.approx(row["control"]) and row["control"] < -1e-6
         assert name not in {h for d in facts["draws"][name] for h in d["heads"].split()}
 
 
@@ -250,7 +252,7 @@ def test_an_intervention_loads_the_model_as_the_run_did(library):
 
 
 def test_the_heads_of_every_kind_of_run_are_found(library):
-    want = {"sets": "L0H0 L1H0", "one": "L1H0", "pairs": "L2H0 L2H1", "verdict": "L1H0 L1H1",
+    want = {"sets": "L0H0 L1H0", "needle": "L1H0 L1H2", "one": "L1H0", "pairs": "L2H0 L2H1", "verdict": "L1H0 L1H1",
             "steer": "L1H0", "sweep": "L1H0"}  # fmt: skip
     for name, heads in want.items():
         run = library.open(name)
@@ -283,10 +285,10 @@ def trace_of(figure, name):
 
 
 def test_controls_stand_on_the_axis_of_the_effect(library):
-    rows = {r["set"]: r for r in rows_of(library, "sets")}
-    figure = graphs(shown(library.open("sets"), "light"))[0]
+    rows = {r["set"]: r for r in rows_of(library, "needle")}
+    figure = graphs(shown(library.open("needle"), "light"))[0]
     mine = trace_of(figure, "95 %")
-    named = ["chosen", "L0H0", "L1H0", "without L0H0", "without L1H0"]
+    named = ["chosen", "L1H0", "L1H2", "without L1H0", "without L1H2"]
     assert list(mine.x) == [rows[n]["effect"] for n in named]
     ends = [rows[n]["ci_hi"] - rows[n]["effect"] for n in named]
     assert list(mine.error_x.array) == pytest.approx(ends)
@@ -294,10 +296,11 @@ def test_controls_stand_on_the_axis_of_the_effect(library):
         [rows[n]["effect"] - rows[n]["ci_lo"] for n in named]
     )
     means = trace_of(figure, "their mean")
-    named = ["random, mean", "L0H0, random, mean", "L1H0, random, mean"]
+    named = ["random, mean", "L1H0, random, mean", "L1H2, random, mean"]
     assert list(means.x) == [rows[n]["effect"] for n in named]
     drawn = {frozenset(r["heads"].split()): r["effect"] for r in rows.values()
              if r["kind"] == "random"}  # fmt: skip
+    assert len(set(drawn.values())) == 1 < len(rows) and max(ends) > 1e-6
     singles = trace_of(figure, "random heads")
     first = [x for x, y in zip(singles.x, singles.y, strict=True) if y < 0.5]
     assert sorted(first) == sorted(drawn.values())

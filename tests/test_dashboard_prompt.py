@@ -211,6 +211,31 @@ def test_wide_gaps_are_left_out_and_change_nothing(model, tmp_path):
     np.testing.assert_allclose(np.nan_to_num(got.values), want, atol=1e-6)
 
 
+class Drawn:
+    """A head whose map is given."""
+
+    def __init__(self, p):
+        self._p = p
+
+    def block(self, q, k):
+        return self._p[slice(*q), slice(*k)]
+
+    def rows(self, at):
+        return self._p[at]
+
+
+def test_a_key_that_one_map_hides_counts_as_zero_and_one_that_both_hide_as_nothing():
+    full = np.full((3, 3), 0.25, np.float32)
+    causal = np.where(np.tri(3, dtype=bool), np.float32(0.5), np.float32(np.nan))
+    found = align("abc", "abd")
+    got = difference(Drawn(full), Drawn(causal), found, (0, 3), (0, 3)).values
+    np.testing.assert_array_equal(got, np.where(np.tri(3, dtype=bool), -0.25, 0.25))
+    both = difference(Drawn(causal), Drawn(causal), found, (0, 3), (0, 3)).values
+    np.testing.assert_array_equal(np.isnan(both), ~np.tri(3, dtype=bool))
+    np.testing.assert_array_equal(row_difference(Drawn(full), Drawn(causal), found, 0)[2],
+                                  [-0.25, 0.25, 0.25])  # fmt: skip
+
+
 def test_windows_are_bounded(root):
     assert window_of((0, 9000), (100, 200)) == ((9000 - WHOLE, 9000), (100, 200))
     a = traces(root[0], "one")["A"].head("L0H0")

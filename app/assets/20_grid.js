@@ -88,6 +88,15 @@
       if (id) hs.open_head(id);
       return no();
     },
+    /* Points drawn around become the basket. */
+    heads_brushed(chosen) {
+      const ids = ((chosen && chosen.points) || []).map((p) => (Array.isArray(p.customdata) ? p.customdata[0] : p.customdata)).filter(Boolean);
+      if (ids.length) {
+        hs.select({basket: ids.slice(0, 200).join(",")});
+        hs.say(`${ids.length} heads in the basket`);
+      }
+      return no();
+    },
     /* Rows chosen in a table of heads go into the basket. */
     rows_chosen(rows) {
       if (rows) {

@@ -44,6 +44,8 @@ def make_app(root: Path, access: Access, jobs: "Jobs | None" = None) -> "Dash":
         compress=False,
         enable_mcp=False,
         suppress_callback_exceptions=False,
+        # Callbacks listen to feeds, which are filled when their page is looked at.
+        prevent_initial_callbacks=True,
         index_string=INDEX,
     )
     app.server.secret_key = secrets.token_bytes(16)

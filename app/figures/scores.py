@@ -56,7 +56,7 @@ def head_scatter(
             hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
         )
     )  # fmt: skip
-    styled(figure, theme, height=420)
+    styled(figure, theme, height=420, dragmode="select")
     figure.update_xaxes(title=esc(x, 40))
     figure.update_yaxes(title=esc(y, 40))
     return figure

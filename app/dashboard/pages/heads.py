@@ -95,6 +95,8 @@ def layout(site: Site) -> "Component":
                                 className="row",
                             ),
                             dcc.Graph(id="heads-scatter", config={"displaylogo": False}),
+                            html.P("A click opens a head; a box drawn around heads puts them into "
+                                   "the basket.", className="faint"),
                         ],
                         className="card",
                     ),
@@ -245,6 +247,7 @@ def wire(app: "Dash", site: Site) -> None:
     for event, graph, function in (
         ("clickData", "heads-grid", "grid_clicked"),
         ("clickData", "heads-scatter", "head_clicked"),
+        ("selectedData", "heads-scatter", "heads_brushed"),
         ("figure", "heads-grid", "grid_drawn"),
         ("selectedRows", "heads-table", "rows_chosen"),
         ("rowData", "heads-table", "order"),
