@@ -254,7 +254,7 @@ def captured(
     """
     from app.sights import pictures_of
     from interp.memory import fitting
-    from interp.traces.capture import capture as kept
+    from interp.traces import capture as kept
 
     pictures, facts = pictures_of(model, prompt, line)
     text = line.text if line is not None else prompt.meta.get("question")
@@ -374,7 +374,7 @@ def count_capture(request: Request, model: "Model") -> "tuple[Work, list[Row]]":
 
 def layer_bytes(request: Request, model: "Model", prompts: "Sequence[Prompt]") -> dict[str, int]:
     """Bytes of each layer over all prompts, if its maps can be recomputed; else it is larger."""
-    from interp.traces.capture import layer_size
+    from interp.traces.recording import layer_size
 
     out: dict[str, int] = {}
     for tower in model.towers.values():

@@ -36,7 +36,7 @@ def sweep_positions(
         InputError: an unknown direction, a head that the model does not have, or a tower whose
             positions are not those of the prompt.
     """
-    from interp.traces.capture import words
+    from interp.traces.recording import words
     from patching.engine import by_layer, prepared, units_of
     from patching.pairs import Pairs
 

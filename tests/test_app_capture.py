@@ -70,7 +70,7 @@ def test_prompts_are_kept_and_answered_from_the_run(run) -> None:
 
 
 def test_it_goes_on_where_it_was_stopped(run, monkeypatch) -> None:
-    module = importlib.import_module("interp.traces.capture")
+    module = importlib.import_module("interp.traces.recording")
     own, written = module.write_table, []
 
     def dying(path, *rest):

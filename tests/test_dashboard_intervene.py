@@ -51,8 +51,8 @@ RUNS = {
     "ablate": ("ablate", *ON, "--n", "3", "--heads", "L1"),
     "needle": ("ablate", "-m", "zoo:needle", *NEEDLE, "--heads", "L1H0,L1H2", "--joint", "--each",
                "--n", "4", "--controls", "3"),
-    "verdict": ("verdict", "retrieval", "-m", "zoo:needle", *NEEDLE, "--n", "9", "--controls", "2", "--heads",
-                "L1H0,L1H1"),
+    "verdict": ("verdict", "retrieval", "-m", "zoo:needle", *NEEDLE, "--n", "9",
+                "--controls", "2", "--heads", "L1H0,L1H1"),
     "steer": ("steer", "run", "--op", "zero", *ON, *STEER, "--tokens", "4"),
     "sweep": ("steer", "sweep", "--op", "scale", "--strengths", "0,1,2", *ON, *STEER),
     "rank": ("rank", "retrieval", "--model", RETRIEVAL, *NEEDLE, "--n", "4"),
@@ -252,8 +252,8 @@ def test_an_intervention_loads_the_model_as_the_run_did(library):
 
 
 def test_the_heads_of_every_kind_of_run_are_found(library):
-    want = {"sets": "L0H0 L1H0", "needle": "L1H0 L1H2", "one": "L1H0", "pairs": "L2H0 L2H1", "verdict": "L1H0 L1H1",
-            "steer": "L1H0", "sweep": "L1H0"}  # fmt: skip
+    want = {"sets": "L0H0 L1H0", "needle": "L1H0 L1H2", "one": "L1H0", "pairs": "L2H0 L2H1",
+            "verdict": "L1H0 L1H1", "steer": "L1H0", "sweep": "L1H0"}  # fmt: skip
     for name, heads in want.items():
         run = library.open(name)
         assert set(heads_of(run.info, run.facts)) == set(heads.split()), name

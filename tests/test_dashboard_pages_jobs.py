@@ -200,7 +200,7 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
         page.fill("#jobs-line", " ".join(["headscope", *LONG]))
         page.keyboard.press("Enter")
         page.wait_for_selector(".job [role=progressbar]")
-        page.fill("#jobs-line", " ".join(RANK))
+        page.fill("#jobs-line", " ".join([*LONG, "--seed", "1"]))
         page.keyboard.press("Enter")
         until(page, "document.getElementById('nav-jobs').dataset.count === '2'")
         assert page.get_attribute("#nav-jobs", "aria-label") == "Jobs, 2 at work"
@@ -212,10 +212,20 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
         assert violations(page) == []
         page.click(".job >> nth=1 >> text=cancel")
         until(page, "document.querySelectorAll('.job .badge')[1].textContent === 'cancelled'")
+        # The end of a job is told wherever one is, and the list of runs is read anew.
+        page.fill("#jobs-line", " ".join(RANK))
+        page.keyboard.press("Enter")
+        until(page, "document.querySelectorAll('.job').length === 3")
         page.click("#nav-runs")
-        # The other goes on; its end is told wherever one is, and the list of runs is read anew.
+        page.wait_for_selector("#runs-table .ag-root")
+        page.wait_for_timeout(500)
+        page.evaluate(
+            "async () => { const news = await (await fetch('/jobs.json')).json();"
+            " await window.headscope.cancel(news.jobs.find(j => j.status === 'running').id); }"
+        )
         page.wait_for_selector(".toast >> text=show it")
-        page.wait_for_selector("#runs-table >> text=induction-")
+        until(page, "document.querySelectorAll('#runs-table .ag-pinned-left-cols-container '"
+                    " + '[role=row]').length === 3")  # fmt: skip
         page.click(".toast >> text=show it")
         until(page, "/\\/r\\/induction-.*\\/heads/.test(location.pathname)")
         page.wait_for_selector("#heads-grid .js-plotly-plot .heatmaplayer")

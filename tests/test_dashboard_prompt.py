@@ -38,7 +38,7 @@ from interp.errors import InputError, InterpError
 from interp.promptfile import parse, to_prompts
 from interp.prompts import Prompt
 from interp.run import Run
-from interp.traces.capture import capture
+from interp.traces.recording import capture
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
 page = pytest.fixture(browser.page)

@@ -31,7 +31,7 @@ from interp.traces.calm import _STATE, one_thread
 from interp.traces.pooling import aligned
 from interp.traces.recent import Recent
 
-MODULE = sys.modules["interp.traces.capture"]
+MODULE = sys.modules["interp.traces.recording"]
 ROOT = Path(__file__).resolve().parents[1]
 
 

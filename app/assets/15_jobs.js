@@ -50,7 +50,7 @@
       asking = false;
     }
     const busy = last.active > 0 || again;
-    if (!document.hidden) timer = window.setTimeout(ask, again ? 0 : busy ? FAST : SLOW);
+    timer = window.setTimeout(ask, again ? 0 : busy ? FAST : SLOW);
   }
 
   function take(news) {

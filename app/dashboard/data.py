@@ -98,7 +98,6 @@ def routes(server: Flask, library: Library) -> None:
         answer.headers["Content-Disposition"] = f'attachment; filename="{stem}.{kind}"'
         return answer
 
-
     @server.get("/data/<path:rest>")
     def nothing(rest: str) -> Response:
         return Response("there is no such data", status=404, mimetype="text/plain")

@@ -107,7 +107,8 @@ def _sets(run: OpenRun, theme: str | None) -> "list[Component]":
         ])  # fmt: skip
     many = sum(_kind(row) == "random" for row in rows)
     different = len(lines[0].draws)
-    said = f"{many} draws of random heads gave {different} different. " if many else ""
+    plural = "s" if different != 1 else ""
+    said = f"{many} draws of random heads gave {different} different set{plural}. " if many else ""
     note = f"{facts['unit']} from {number(facts['base'])}. {said}{_sentences(facts)}"
     return [
         figure("Effect beside random heads", forest(lines, unit=facts["unit"], theme=theme),

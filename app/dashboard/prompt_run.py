@@ -44,7 +44,7 @@ def preview(jobs: "Jobs", asked: Asked, timeout: float = 45.0) -> dict[str, Any]
 
     def work() -> dict[str, Any]:
         from interp.promptfile import line_of, to_prompts
-        from interp.traces.capture import words
+        from interp.traces.recording import words
 
         model = jobs.model(asked.source)
         made = written(asked, model)

@@ -138,7 +138,9 @@ def wire(app: "Dash", site: Site) -> None:
     known = config(pages(), site)
     binds = known["binds"]
     app.clientside_callback(
-        ClientsideFunction("headscope", "boot"), Output("booted", "data"), Input("config", "data"),
+        ClientsideFunction("headscope", "boot"),
+        Output("booted", "data"),
+        Input("config", "data"),
         prevent_initial_call=False,
     )
     app.clientside_callback(

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from interp.lazy import lazy
 
 if TYPE_CHECKING:
-    from interp.traces.capture import capture as capture
-    from interp.traces.capture import trace_key as trace_key
     from interp.traces.pooling import Window as Window
     from interp.traces.pooling import decode as decode
     from interp.traces.pooling import encode as encode
+    from interp.traces.recording import capture as capture
+    from interp.traces.recording import trace_key as trace_key
     from interp.traces.trace import HeadTrace as HeadTrace
     from interp.traces.trace import LayerTrace as LayerTrace
     from interp.traces.trace import TowerTrace as TowerTrace
@@ -32,10 +32,10 @@ _HOMES = {
     "TowerTrace": "interp.traces.trace",
     "Trace": "interp.traces.trace",
     "Window": "interp.traces.pooling",
-    "capture": "interp.traces.capture",
+    "capture": "interp.traces.recording",
     "decode": "interp.traces.pooling",
     "encode": "interp.traces.pooling",
-    "trace_key": "interp.traces.capture",
+    "trace_key": "interp.traces.recording",
     "traces_of": "interp.traces.trace",
 }
 __all__ = sorted(_HOMES)

@@ -24,7 +24,7 @@ READ_ONLY = (
 )
 ARGUMENTS, LONGEST = 400, 20_000
 _SHOWN_BY = {"ablate": "intervene", "verdict": "intervene", "steer": "intervene",
-             "patch": "patch", "attribute": "patch"}  # fmt: skip
+             "patch": "patching", "attribute": "patching"}  # fmt: skip
 _BRIEF = (
     "id", "title", "status", "done", "total", "unit", "eta_s", "created", "started", "finished",
     "run", "error", "cancelling",
