@@ -17,7 +17,7 @@ def export(
     ],
     to: Annotated[str | None, typer.Option("--to", help="Format of a folder: headvis.")] = None,
     head: Annotated[
-        str | None, typer.Option("--head", help="One head, such as L9H6, as an HTML page.")
+        str | None, typer.Option("--head", help="A head, such as L9H6.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="With --head, id of the prompt; the first if absent.")

@@ -31,7 +31,7 @@ def show(
     ] = None,
     head: Annotated[
         list[str] | None,
-        typer.Option("--head", help="With --overlay, this head; the best if absent; repeatable."),
+        typer.Option("--head", help="A head, such as L9H6."),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="With --overlay, id of the prompt; the first if absent.")

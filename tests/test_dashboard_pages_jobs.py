@@ -224,8 +224,11 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
             " await window.headscope.cancel(news.jobs.find(j => j.status === 'running').id); }"
         )
         page.wait_for_selector(".toast >> text=show it")
-        until(page, "document.querySelectorAll('#runs-table .ag-pinned-left-cols-container '"
-                    " + '[role=row]').length === 3")  # fmt: skip
+        name = page.evaluate(
+            "async () => (await (await fetch('/jobs.json?all=1')).json())"
+            ".jobs.find(j => j.status === 'done').run"
+        )
+        page.wait_for_selector(f"#runs-table >> text={name}")
         page.click(".toast >> text=show it")
         until(page, "/\\/r\\/induction-.*\\/heads/.test(location.pathname)")
         page.wait_for_selector("#heads-grid .js-plotly-plot .heatmaplayer")
