@@ -26,6 +26,11 @@
       app.focus();
       app.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true}));
     },
+    sight: async () => {
+      const answer = await fetch(`${window.sight}${cycle("query", 1, 60)}?heads=L3H${cycle("seen", 1, 8)}`);
+      await answer.arrayBuffer();
+      window.fetched();
+    },
     atlas: () => {
       const image = document.getElementById("heads-atlas");
       const source = image.src.split("?")[0];
@@ -45,6 +50,7 @@
       const watch = new MutationObserver(() => { watch.disconnect(); done(); });
       watch.observe(box, {childList: true, subtree: true, characterData: true});
     }),
+    fetched: () => new Promise((done) => { window.fetched = done; }),
     none: () => Promise.resolve(),
   };
 

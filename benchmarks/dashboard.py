@@ -14,6 +14,7 @@ the rest until the second frame after the change is drawn. Medians of several re
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -35,6 +36,9 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+JOB = ["rank", "retrieval", "--model", "zoo:needle", "--n", "60"]
+POLLS = """() => performance.getEntriesByType('resource').filter((e) => /jobs[.]json/.test(e.name))
+  .map((e) => [e.encodedBodySize, e.responseStart - e.requestStart, e.startTime, e.responseEnd])"""
 LAYERS, HEADS, KV, LENGTH = 32, 32, 8, 8192
 
 
@@ -65,8 +69,8 @@ def tables(layers: int, heads: int, names: int, seed: int = 0) -> list[Any]:
     ]  # fmt: skip
 
 
-def synthetic(root: Path) -> str:
-    """The run of 1,024 heads × 8,192 tokens; returns the key of its trace."""
+def synthetic(root: Path) -> None:
+    """The run of 1,024 heads × 8,192 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,7 +102,6 @@ def synthetic(root: Path) -> str:
         os.link(file, trace.folder / name)
         layers[str(layer)] = layers["0"] | {"file": name}
     path.write_text(json.dumps(info))
-    return trace.key
 
 
 def grids(root: Path) -> None:
@@ -126,11 +129,24 @@ def needle(root: Path) -> None:
     capture(model, make_task("needle").prompts(model, 5)[4], root / "needle")
 
 
+def shapes(root: Path) -> str:
+    """A prompt with an image; returns the key of its trace."""
+    command = ["rank", "visual-attention", "--model", "zoo:shapes-vlm", "--n", "4", "--traces", "1"]
+    subprocess.run(
+        [sys.executable, "-m", "app.cli", *command, "-q", "--out", str(root / "shapes")],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (trace,) = (root / "shapes" / "traces").iterdir()
+    return trace.name
+
+
 @contextlib.contextmanager
-def served(root: Path) -> Iterator[str]:
+def served(root: Path, *, read_only: bool = True) -> Iterator[str]:
     """The address of a server of a folder of runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "serve", str(root), "--port", "0", "--read-only", "-q"],
+        [sys.executable, "-m", "app.cli", "serve", str(root), "--port", "0", "-q",
+         *(["--read-only"] if read_only else [])],
         stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     try:
@@ -181,7 +197,9 @@ class Bench:
         print(budget.view, budget.size, *(f"{m:.1f}" for m in medians), flush=True)
 
 
-def measure(address: str, key: str, repeats: int) -> list[tuple[Budget, float, float, float]]:
+def measure(
+    address: str, root: Path, image: str, repeats: int
+) -> list[tuple[Budget, float, float, float]]:
     """Every view of the budget."""
     from playwright.sync_api import sync_playwright
 
@@ -220,10 +238,68 @@ def measure(address: str, key: str, repeats: int) -> list[tuple[Budget, float, f
         b.time(Budget("Token hover, row and lines", "T = 8,192", 8, 5, 33), "hover", "row", row)
         b.time(Budget("Token hover, column", "T = 8,192", 8, 5, 33), "hover", "row", row,
                set="window.shift = true")  # fmt: skip
-        b.rows.append(first_paint(browser, address, repeats))
         b.rows.append(panel(browser, address, repeats))
+        overlay(b, image)
+        b.rows.append(poll(browser, root))
+        b.rows.append(exported(root))
+        b.rows.append(first_paint(browser, address, repeats))
         browser.close()
     return b.rows
+
+
+def overlay(b: Bench, key: str) -> None:
+    """One row of an image's patches, fetched as the page of images does."""
+    b.open("/r/shapes/vision", "#page-vision canvas")
+    base = f"/data/shapes/{key}/text"
+    b.page.evaluate(f"() => {{ window.sight = '{base}/sights/'; }}")
+    b.time(Budget("Patch overlay, per token", "8 × 8 patches", 5, 5, 16), "sight", "fetched",
+           lambda n: "/sights/" in n)  # fmt: skip
+
+
+def poll(browser: Any, root: Path) -> tuple[Budget, float, float, float]:
+    """What a page learns of a running job, and how long after it happened at most."""
+    with served(root, read_only=False) as address:
+        page = browser.new_context().new_page()
+        page.goto(f"{address}/jobs".replace("//jobs", "/jobs"))
+        page.wait_for_function("() => window.headscope && window.headscope.config")
+        page.wait_for_timeout(1500)
+        page.evaluate("() => performance.clearResourceTimings()")
+        page.evaluate(f"() => headscope.submit({JOB}, 'benchmark')")
+        page.wait_for_timeout(9000)
+        got = page.evaluate(POLLS)
+        page.context.close()
+    gaps = [b[3] - a[3] for a, b in itertools.pairwise(got) if b[2] - a[2] < 2000]
+    return (
+        Budget("Job progress", "poll, gap between two answers", 1, 10, 300),
+        statistics.median(e[0] for e in got) / 1024,
+        statistics.median(e[1] for e in got),
+        statistics.median(gaps),
+    )
+
+
+def exported(root: Path) -> tuple[Budget, float, float, float]:
+    """One head of 512 tokens as a page of its own."""
+    from app import show_head
+    from interp import load
+    from interp.run import Run
+    from interp.tasks import make_task
+    from interp.traces import capture
+
+    model = load("zoo:needle")
+    (prompt,) = make_task("needle", {"lengths": (512,)}).prompts(model, 1)
+    folder = root / "export"
+    with Run.open_or_create(folder, {"model": "export"}) as run:
+        run.finish([])
+    capture(model, prompt, folder)
+    place = folder / "head.html"
+    show_head(Run.load(folder), "L1H0").save(place)
+    size = f"{len(prompt)} tokens"
+    return (
+        Budget("Self-contained HTML, one head", size, 120, 0, 0),
+        place.stat().st_size / 1024,
+        0,
+        0,
+    )
 
 
 def first_paint(browser: Any, address: str, repeats: int) -> tuple[Budget, float, float, float]:
@@ -273,9 +349,10 @@ def main() -> None:
         root = Path(place)
         grids(root)
         needle(root)
-        key = synthetic(root)
+        image = shapes(root)
+        synthetic(root)
         with served(root) as address:
-            rows = measure(address, key, asked.repeats)
+            rows = measure(address, root, image, asked.repeats)
     lines = [
         "| view | size | KiB | at most | server, ms | at most | browser, ms | at most |",
         "|---|---|--:|--:|--:|--:|--:|--:|",

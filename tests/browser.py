@@ -3,10 +3,13 @@
 In a test file:
 
     chromium = pytest.fixture(scope="module")(browser.chromium)
-    page = pytest.fixture(browser.page)
+    tab = pytest.fixture(scope="module")(browser.tab)
+    page = pytest.fixture(browser.kept)
 
-A test that leaves an error on the page fails: of a script, on the console, or a request to anywhere
+Every test of the file then uses one page, which holds the application loaded; a test that needs
+an untouched one takes `browser.page` instead, in a context of its own. A test that leaves an error on the page fails: of a script, on the console, or a request to anywhere
 but the page's own host. `page.problems` lists them; a test that expects some clears it.
+`page.pending` holds the requests that are under way.
 """
 
 import os
@@ -56,16 +59,39 @@ def chromium() -> Iterator[Any]:
 
 def page(chromium: Any) -> Iterator[Any]:
     """An empty page in a context of its own, with `problems`, which must be empty at the end."""
-    context = chromium.new_context(viewport=SIZE)
+    context, opened = _opened(chromium)
+    yield opened
+    context.close()
+    assert not opened.problems, "\n".join(opened.problems)
+
+
+def tab(chromium: Any) -> Iterator[Any]:
+    """A page for all tests of a file; each takes it as `kept` gives it."""
+    context, opened = _opened(chromium)
+    yield opened
+    context.close()
+
+
+def kept(tab: Any) -> Iterator[Any]:
+    """The file's page as the test before left it, but for `problems`: empty, also at the end."""
+    tab.problems.clear()
+    yield tab
+    assert not tab.problems, "\n".join(tab.problems)
+
+
+def _opened(chromium: Any) -> tuple[Any, Any]:
+    # Without motion colours are at once what they will be.
+    context = chromium.new_context(viewport=SIZE, reduced_motion="reduce")
     opened = context.new_page()
-    opened.problems = []
+    opened.problems, opened.pending = [], set()
     opened.on("pageerror", lambda error: opened.problems.append(f"error: {error}"))
     opened.on("console", lambda message: _console(opened, message))
     opened.on("requestfailed", lambda request: opened.problems.append(f"failed: {request.url}"))
     context.on("request", lambda request: _request(opened, request.url))
-    yield opened
-    context.close()
-    assert not opened.problems, "\n".join(opened.problems)
+    opened.on("request", lambda request: opened.pending.add(request))
+    for end in ("requestfailed", "requestfinished"):
+        opened.on(end, lambda request: opened.pending.discard(request))
+    return context, opened
 
 
 def _console(opened: Any, message: Any) -> None:

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import waitress
 
@@ -91,27 +93,86 @@ def _run(listener: Any) -> None:
         listener.run()
 
 
+@contextlib.contextmanager
+def served_to(page: Any, root: Path, **more: Any) -> Iterator[str]:
+    """`served`, to a page that leaves it before the server goes."""
+    with served(root, **more) as address:
+        try:
+            yield address
+        finally:
+            leave(page)
+
+
+def leave(page: Any) -> None:
+    """Go away; a question that is under way then fails, which is no fault."""
+    problems = list(page.problems)
+    page.goto("about:blank")
+    page.pending.clear()
+    page.problems[:] = problems
+
+
+# Every callback has answered, its answer is drawn, and no pop-up opens or closes.
+CALM = """() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => {
+    const waiting = window.store.getState().callbacks;
+    const {completed, ...open} = waiting;
+    done(Object.values(open).every((x) => !x.length) &&
+         !document.querySelector('[data-dash-is-loading=true]'));
+})))"""
+
+
 def ready(page: Any) -> None:
     """Wait until the page has taken its state from the URL and every callback has answered."""
     page.wait_for_function("() => window.headscope && window.headscope.config")
-    page.wait_for_load_state("networkidle")
-    page.wait_for_function("() => !document.querySelector('[data-dash-is-loading=true]')")
+    calm, end = 0, time.monotonic() + 60
+    # Twice: what one answer sets may ask for the next.
+    while calm < 2:
+        assert time.monotonic() < end, f"the page never came to rest: {_asked(page)}"
+        at_rest = page.evaluate(CALM) and not _asked(page)
+        calm = calm + 1 if at_rest else 0
+        page.wait_for_timeout(20)
+
+
+def _asked(page: Any) -> list[str]:
+    """What the page still waits for, but for news of jobs, which it asks for again and again."""
+    return [r.url for r in page.pending if "/jobs.json" not in r.url]
 
 
 def visit(page: Any, path: str) -> None:
     """Go to a path as a link does: without loading the application anew."""
-    page.evaluate("(path) => window.headscope.go(path)", path)
-    page.wait_for_timeout(700)
+    page.evaluate(
+        """(path) => {
+            document.querySelectorAll('dialog[open]').forEach((d) => d.close());
+            window.headscope.select({theme: ''});
+            window.headscope.go(path);
+        }""",
+        path,
+    )
     ready(page)
 
 
-def violations(page: Any) -> list[str]:
-    """What axe-core finds wrong with the page as it is."""
+def show(page: Any, address: str) -> None:
+    """Go to an address: as a link does where the application is loaded from there already."""
+    parts = urlsplit(address)
+    if urlsplit(page.url).netloc == parts.netloc:
+        visit(page, parts._replace(scheme="", netloc="").geturl())
+    else:
+        page.goto(address)
+        ready(page)
+
+
+def violations(page: Any, *, colours: bool = False) -> list[str]:
+    """What axe-core finds wrong with the page as it is; of its colours alone where said."""
     import axe_playwright_python
 
-    (source,) = Path(axe_playwright_python.__file__).parent.glob("axe.min.js")
-    page.evaluate(source.read_text(encoding="utf-8"))
-    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']}))")
+    if not page.evaluate("() => 'axe' in window"):
+        (source,) = Path(axe_playwright_python.__file__).parent.glob("axe.min.js")
+        page.evaluate(source.read_text(encoding="utf-8"))
+    rules = ["color-contrast", "link-in-text-block"]
+    found = page.evaluate(
+        "async (only) => (await axe.run(document, {resultTypes: ['violations'], preload: false,"
+        " ...(only ? {runOnly: {type: 'rule', values: only}} : {})}))",
+        rules if colours else None,
+    )
     return [
         f"{v['id']}: {v['help']}: "
         + json.dumps([node["target"] for node in v["nodes"]][:4])

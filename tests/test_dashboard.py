@@ -1,20 +1,33 @@
 """The dashboard in a real browser, and its routes without one."""
 
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
-from dashboard_kit import hostile, needle_run, ready, served, violations, visit
+from dashboard_kit import (
+    hostile,
+    leave,
+    needle_run,
+    ready,
+    served,
+    served_to,
+    show,
+    violations,
+    visit,
+)
 
 from app.dashboard.page import pages
 from interp.traces import decode, traces_of
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
-page = pytest.fixture(browser.page)
+tab = pytest.fixture(scope="module")(browser.tab)
+page = pytest.fixture(browser.kept)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +47,14 @@ def site(root):
 def trace(root):
     (made,) = traces_of(root / "needle").values()
     return made
+
+
+def until(page, condition):
+    """Wait for something outside the page."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        page.wait_for_timeout(20)
 
 
 def number(text):
@@ -59,8 +80,7 @@ def test_a_deep_link_shows_the_head_the_window_and_the_theme(site, page, trace):
 
 
 def test_keys_alone_lead_from_the_runs_to_a_zoomed_map(site, page):
-    page.goto(f"{site}/r/needle/heads")
-    ready(page)
+    show(page, f"{site}/r/needle/heads")
     page.wait_for_selector("#heads-grid .js-plotly-plot .heatmaplayer")
     page.focus("#heads-app")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
@@ -91,8 +111,7 @@ def test_keys_alone_lead_from_the_runs_to_a_zoomed_map(site, page):
 
 
 def test_zooming_asks_for_a_finer_window_and_z_goes_back(site, page):
-    page.goto(f"{site}/r/needle/head/1/0")
-    ready(page)
+    show(page, f"{site}/r/needle/head/1/0")
     box = page.wait_for_selector("#head-map .nsewdrag").bounding_box()
     page.mouse.move(box["x"] + 30, box["y"] + 200)
     page.mouse.down()
@@ -114,8 +133,7 @@ def test_zooming_asks_for_a_finer_window_and_z_goes_back(site, page):
 
 
 def test_hovering_a_token_shows_the_row_of_the_map(site, page, trace):
-    page.goto(f"{site}/r/needle/head/1/0")
-    ready(page)
+    show(page, f"{site}/r/needle/head/1/0")
     page.wait_for_selector("#tokens .token:nth-child(245)")
     page.hover("#tokens .token:nth-child(120)")
     page.wait_for_function(
@@ -138,8 +156,7 @@ def test_hovering_a_token_shows_the_row_of_the_map(site, page, trace):
 
 
 def test_a_metric_that_is_chosen_changes_every_view(site, page):
-    page.goto(f"{site}/r/needle/heads?m=induction")
-    ready(page)
+    show(page, f"{site}/r/needle/heads?m=induction")
     page.wait_for_function(
         "() => document.getElementById('heads-title').textContent.includes('induction')"
     )
@@ -162,25 +179,22 @@ PATHS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_wrong(site, page, theme):
-    page.goto(f"{site}/?theme={theme}")
-    ready(page)
+def test_axe_finds_nothing_wrong(site, page):
     found = {}
     for path in PATHS:
-        visit(page, path + ("&" if "?" in path else "?") + f"theme={theme}")
-        assert page.get_attribute("html", "data-theme") == theme
-        found[path] = violations(page)
-    assert {path: wrong for path, wrong in found.items() if wrong} == {}
+        for theme in ("light", "dark"):
+            show(page, site + path + ("&" if "?" in path else "?") + f"theme={theme}")
+            assert page.get_attribute("html", "data-theme") == theme
+            # A theme is colours: all else is the same in the other.
+            found[path, theme] = violations(page, colours=theme == "dark")
+    assert {at: wrong for at, wrong in found.items() if wrong} == {}
 
 
-def test_hostile_tokens_are_drawn_as_text(tmp_path, page):
-    folder = needle_run(tmp_path)
-    hostile(folder)
-    with served(tmp_path) as address:
+def test_hostile_tokens_are_drawn_as_text(root, tmp_path, page):
+    hostile(Path(shutil.copytree(root / "needle", tmp_path / "needle")))
+    with served_to(page, tmp_path) as address:
         for path in ("/", "/r/needle/heads", "/r/needle/head/1/0?q=0:20&k=0:20"):
-            page.goto(address + path)
-            ready(page)
+            show(page, address + path)
             assert page.evaluate("() => window.hacked") is None
             assert page.locator("img[src=x]").count() == 0
         page.wait_for_selector("#tokens .token:nth-child(20)")
@@ -200,23 +214,20 @@ def test_unknown_things_say_so_and_the_server_lives(site, page):
     page.wait_for_function(
         "() => /there is no run named 'unknown'/.test(document.body.textContent)"
     )
-    page.goto(f"{site}/r/needle/head/77/5")
-    ready(page)
+    visit(page, "/r/needle/head/77/5")
     page.wait_for_selector("[role=alert]")
     assert "layer 77 of text was not kept" in page.inner_text("#page-head")
-    page.goto(f"{site}/r/needle/head/1/0?p=0123456789ab")
-    ready(page)
+    visit(page, "/r/needle/head/1/0?p=0123456789ab")
     assert "there is no prompt with a trace in this run named" in page.inner_text("#page-head")
     page.goto(f"{site}/no/such/page")
     ready(page)
     assert page.locator("h1:visible").inner_text() == "No such page"
-    page.goto(f"{site}/r/needle/head/1/0?q=900:1000&k=oops")
-    ready(page)
+    visit(page, "/r/needle/head/1/0?q=900:1000&k=oops")
     assert page.inner_text("#head-title") == "Head L1H0"
 
 
-def test_a_damaged_and_a_newer_run_hide_no_other(tmp_path, page):
-    needle_run(tmp_path)
+def test_a_damaged_and_a_newer_run_hide_no_other(root, tmp_path, page):
+    shutil.copytree(root / "needle", tmp_path / "needle")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text("{ no json")
     (tmp_path / "newer").mkdir()
@@ -224,27 +235,23 @@ def test_a_damaged_and_a_newer_run_hide_no_other(tmp_path, page):
         '{"schema": "headscope.run", "version": 99, "status": "complete", "key": {}, '
         '"content_key": ""}'
     )
-    with served(tmp_path) as address:
-        page.goto(address)
-        ready(page)
+    with served_to(page, tmp_path) as address:
+        show(page, address)
         page.wait_for_selector("#runs-table .ag-row[row-index='2']")
         text = page.inner_text("#runs-note")
         assert "damaged" in text and "run of version 99" in text and "update headscope" in text
-        page.goto(f"{address}/r/newer/heads")
-        ready(page)
+        visit(page, "/r/newer/heads")
         page.wait_for_selector("[role=alert]")
 
 
 def test_an_empty_folder_says_how_to_make_a_run(tmp_path, page):
-    with served(tmp_path / "none") as address:
-        page.goto(address)
-        ready(page)
+    with served_to(page, tmp_path / "none") as address:
+        show(page, address)
         assert "headscope rank retrieval" in page.inner_text("#runs-note")
 
 
 def test_copies_reproduce_what_is_shown(site, page, root):
-    page.goto(f"{site}/r/needle/head/1/0")
-    ready(page)
+    show(page, f"{site}/r/needle/head/1/0")
     page.click("#copy-open")
     page.click("#copy-python")
     page.wait_for_function(
@@ -259,8 +266,7 @@ def test_copies_reproduce_what_is_shown(site, page, root):
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_figures_are_downloaded(site, page, kind):
-    page.goto(f"{site}/r/needle/heads")
-    ready(page)
+    show(page, f"{site}/r/needle/heads")
     page.wait_for_selector("#heads-grid .js-plotly-plot .heatmaplayer")
     page.click("#copy-open")
     files = []
@@ -269,7 +275,7 @@ def test_figures_are_downloaded(site, page, kind):
     page.wait_for_function(
         "() => /2 figures saved/.test(document.getElementById('copy-text').textContent)"
     )
-    page.wait_for_timeout(200)
+    until(page, lambda: len(files) >= 2)
     assert sorted(files) == [f"needle-heads-grid.{kind}", f"needle-heads-scatter.{kind}"]
 
 
@@ -400,11 +406,11 @@ def test_a_server_that_only_reads_loads_no_torch_on_any_page(root, page):
         try:
             address = server.stdout.readline().decode().strip().rstrip("/")
             names = [p.path.format(run="needle", layer=1, head=0) for p in pages()]
-            page.goto(address)
-            ready(page)
+            show(page, address)
             for name in (*names, "/r/needle/head/1/0?mode=value&q=0:50"):
                 visit(page, name)
             maps = Path(f"/proc/{server.pid}/maps").read_text()
             assert "numpy" in maps and "torch" not in maps
+            leave(page)
         finally:
             server.terminate()

@@ -139,9 +139,15 @@
       const text = JSON.stringify(data);
       if (fed[id] === text) continue;
       fed[id] = text;
-      window.dash_clientside.set_props(id, {data});
+      window.clearTimeout(waiting[id]);
+      const send = () => window.dash_clientside.set_props(id, {data});
+      if (config.later.includes(id)) waiting[id] = window.setTimeout(send, LATER);
+      else send();
     }
   }
+  // What need not be there at once waits until what is looked at is drawn, and until keys rest.
+  const LATER = 150;
+  const waiting = {};
 
   /* Let callbacks of a feed run again, though nothing of it has changed. */
   function refresh(ids) {

@@ -7,6 +7,7 @@
   const hs = window.headscope;
   const LEVELS = 254;
   const MOST_LINES = 40;
+  const MOST_LIT = 512;  // each costs the browser a style
   const LEAST_LINE = 0.02;
   let shown = null;      // what is in the panel: key of the prompt
   let info = null;
@@ -96,12 +97,13 @@
       const level = most > 1 && v > 0 ? Math.sqrt(v / value(most)) : 0;
       if (level > 0.04) lit.push([i + shift, level, v]);
     }
+    lit.sort((a, b) => b[2] - a[2]);
+    lit.length = Math.min(lit.length, MOST_LIT);
     painted.forEach((i) => { if (spans[i]) { spans[i].style.removeProperty("--w"); spans[i].classList.remove("at"); } });
     painted = lit.map(([i]) => i);
     lit.forEach(([i, level]) => spans[i].style.setProperty("--w", level.toFixed(3)));
     if (spans[at]) { spans[at].classList.add("at"); painted.push(at); }
     const total = codes.reduce((sum, c, i) => sum + (c && !(hide && i === 0) ? value(c) : 0), 0);
-    lit.sort((a, b) => b[2] - a[2]);
     const scale = hide && total > 0 ? 1 / total : 1;
     tell(kind, at, lit.slice(0, 5).map(([i, , v]) => [i, v * scale]), hide);
     draw(at, lit.slice(0, MOST_LINES).filter(([, , v]) => v >= LEAST_LINE), kind);

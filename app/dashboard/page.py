@@ -87,6 +87,7 @@ class Page:
         binds: id of each bound control to its property and the part of the state:
             `{"heads-metric": ("value", "metric")}`.
         keys: parts of the state that only this page uses; they go into the URL under their names.
+        later: feeds that wait a moment, so that what is looked at first is drawn first.
         order: place in the navigation.
         help: one line for the help page.
         python: the Python that shows what a state shows, or None for that of the run.
@@ -101,6 +102,7 @@ class Page:
     feeds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     binds: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
     order: int = 50
     help: str = ""
     python: "Callable[[Site, Feed], str] | None" = None

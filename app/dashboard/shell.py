@@ -125,6 +125,7 @@ def config(every: list[Page], site: Site) -> dict[str, Any]:
     return {
         "pages": {p.name: {"path": p.path, "title": p.title} for p in every},
         "feeds": {"shell": FEEDS, **{p.name: dict(p.feeds) for p in every}},
+        "later": [feed for page in every for feed in page.later],
         "binds": binds,
         "keys": list(keys),
         "jobs": site.jobs is not None,

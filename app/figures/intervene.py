@@ -135,7 +135,8 @@ def dose(rows: Sequence[Mapping[str, Any]], *, theme: str | None = None) -> "go.
              if r["control_change"] is not None]  # fmt: skip
     if means:
         figure.add_scatter(
-            x=[s for s, _ in means], y=[v for _, v in means], mode="lines", name="mean of random heads",
+            x=[s for s, _ in means], y=[v for _, v in means], mode="lines",
+            name="mean of random heads",
             line={"color": grey, "dash": "dash"}, hoverinfo="skip",
         )  # fmt: skip
     values = [float(r["with"]) for r in rows]

@@ -167,7 +167,7 @@ def wire(app: "Dash", site: Site) -> None:
         Output("head-causes", "children"),
         Output("head-writes", "children"),
         Output("head-alike", "children"),
-        Input("head-which", "data"),
+        Input("head-facts", "data"),
     )
     def facts(feed: Feed | None) -> Any:
         if not feed or "run" not in feed:
@@ -310,12 +310,14 @@ enter(
         "head", "Head", "/r/{run}/head/{layer}/{head}", layout, wire,
         feeds={
             "head-which": ("run", "prompt", "tower", "layer", "head", "metric"),
+            "head-facts": ("run", "prompt", "tower", "layer", "head", "metric"),
             "head-view": ("run", "prompt", "tower", "layer", "head", "q", "k", "mode", "scale",
                           "theme"),
             "heads-rows": ROWS,
             "head-budget": ("run", "prompt", "tower", "layer", "head", "theme"),
         },
         binds={"head-mode": ("value", "mode"), "head-scale": ("value", "scale")},
+        later=("head-facts", "head-budget", "heads-rows"),
         keys=("mode", "scale", "hide", "lines"), order=2, python=python, command=command,
         help="one head: its map recomputed at any zoom, tokens, budgets, evidence, effects",
     )

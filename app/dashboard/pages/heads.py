@@ -365,6 +365,7 @@ enter(
             "heads-hi": ("value", "hi"), "heads-class": ("value", "cls"),
             "heads-threshold": ("value", "thr"),
         },
+        later=("heads-points", "heads-maps"),
         keys=("x", "y", "lo", "hi", "cls", "thr"), order=1,
         help="all heads of a run: grid, points, ranking with intervals and nulls, small maps",
     )
