@@ -279,7 +279,7 @@ _STATUS = {exits.OK: DONE, exits.FAILED: DONE, exits.INTERRUPTED: CANCELLED}
 
 
 def _main(argv: tuple[str, ...]) -> int:
-    from app.cli import main
+    from app.commands import main
 
     return main(list(argv))
 

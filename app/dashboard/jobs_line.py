@@ -56,7 +56,7 @@ def _parsed(argv: Sequence[str]) -> Mapping[str, Any]:
     """The values of a command's parameters, as the command itself will read them."""
     import typer
 
-    from app.cli import app
+    from app.commands import app
 
     command: Any = typer.main.get_command(app)
     context = command.make_context("headscope", [], resilient_parsing=True)

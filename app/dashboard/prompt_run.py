@@ -143,7 +143,7 @@ def answer_of(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: it ends in an error; its line and hint.
     """
-    from app.cli import main
+    from app.commands import main
 
     log = _Answer()
     with logged(log):
