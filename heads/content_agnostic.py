@@ -112,9 +112,16 @@ def only_row(prompt: Prompt, tower: str) -> Prompt:
     """The one image of a prompt, as a tower sees it.
 
     Raises:
-        InputError: the tower sees none, or several.
+        InputError: the tower sees none, or several, or has a grid of its own in each stage.
     """
     rows = prompt.views.get(tower, ())
+    if any(
+        name.startswith(f"{tower}/") and name[len(tower) + 1 :].isdigit() for name in prompt.views
+    ):
+        raise InputError(
+            f"maps are compared on one grid; the stages of tower {tower!r} have grids of their own",
+            hint="distance-profile serves such towers",
+        )
     if len(rows) != 1 or rows[0].patches is None or not len(rows[0].patches):
         raise InputError(
             f"one image that tower {tower!r} sees as a whole is needed; prompt {prompt.id or '?'} "

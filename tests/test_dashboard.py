@@ -215,7 +215,7 @@ def test_unknown_things_say_so_and_the_server_lives(site, page):
         "() => /there is no run named 'unknown'/.test(document.body.textContent)"
     )
     visit(page, "/r/needle/head/77/5")
-    page.wait_for_selector("[role=alert]")
+    page.wait_for_selector("[role=alert] >> visible=true")
     assert "layer 77 of text was not kept" in page.inner_text("#page-head")
     visit(page, "/r/needle/head/1/0?p=0123456789ab")
     assert "there is no prompt with a trace in this run named" in page.inner_text("#page-head")
@@ -241,7 +241,7 @@ def test_a_damaged_and_a_newer_run_hide_no_other(root, tmp_path, page):
         text = page.inner_text("#runs-note")
         assert "damaged" in text and "run of version 99" in text and "update headscope" in text
         visit(page, "/r/newer/heads")
-        page.wait_for_selector("[role=alert]")
+        page.wait_for_selector("[role=alert] >> visible=true")
 
 
 def test_an_empty_folder_says_how_to_make_a_run(tmp_path, page):

@@ -696,3 +696,10 @@ def test_the_null_of_a_hierarchical_tower_is_that_of_each_stage():
         bins = Rings().bins(view)
         even = ((bins >= 0) & (bins <= 1)).sum() / (bins >= 0).sum()
         assert table.null[i] == pytest.approx(float(patches[i]) * even, rel=1e-5)
+
+
+def test_maps_of_a_hierarchical_tower_are_not_compared():
+    model = case("swin").model
+    prompt = image_prompt(model, "", ramp(56, 56), id="one")
+    with pytest.raises(InputError, match="stages of tower 'vision' have grids of their own"):
+        score(model, "content-agnostic", [prompt], tower="vision")
