@@ -6,10 +6,11 @@ In a test file:
     tab = pytest.fixture(scope="module")(browser.tab)
     page = pytest.fixture(browser.kept)
 
-Every test of the file then uses one page, which holds the application loaded; a test that needs
-an untouched one takes `browser.page` instead, in a context of its own. A test that leaves an error on the page fails: of a script, on the console, or a request to anywhere
-but the page's own host. `page.problems` lists them; a test that expects some clears it.
-`page.pending` holds the requests that are under way.
+Every test of the file then uses one page, which keeps the application loaded. A test that needs
+an untouched one takes `browser.page` instead, in a context of its own. A test that leaves an error
+on the page fails: of a script, on the console, or a request to anywhere but the page's own host.
+`page.problems` lists them; a test that expects some clears it. `page.pending` holds the requests
+that are under way.
 """
 
 import os
@@ -74,6 +75,7 @@ def tab(chromium: Any) -> Iterator[Any]:
 
 def kept(tab: Any) -> Iterator[Any]:
     """The file's page as the test before left it, but for `problems`: empty, also at the end."""
+    tab.mouse.move(0, 0)  # over nothing
     tab.problems.clear()
     yield tab
     assert not tab.problems, "\n".join(tab.problems)

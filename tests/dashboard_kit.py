@@ -81,7 +81,10 @@ def served(root: Path, *, jobs: bool = False, token: str | None = None) -> Itera
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        listener.close()
+        # Also the connections that the browser keeps open: with them the loop would go on.
+        for channel in list(listener._map.values()):
+            channel.close()
+        listener.task_dispatcher.shutdown()
         if queue is not None:
             queue.close()
         thread.join(timeout=5)
@@ -105,6 +108,8 @@ def served_to(page: Any, root: Path, **more: Any) -> Iterator[str]:
 
 def leave(page: Any) -> None:
     """Go away; a question that is under way then fails, which is no fault."""
+    if page.url == "about:blank":
+        return
     problems = list(page.problems)
     page.goto("about:blank")
     page.pending.clear()
@@ -150,28 +155,41 @@ def visit(page: Any, path: str) -> None:
     ready(page)
 
 
+def arrive(page: Any, address: str) -> None:
+    """Open an address as a browser does that comes from elsewhere."""
+    leave(page)
+    page.goto(address)
+    ready(page)
+
+
 def show(page: Any, address: str) -> None:
     """Go to an address: as a link does where the application is loaded from there already."""
     parts = urlsplit(address)
     if urlsplit(page.url).netloc == parts.netloc:
         visit(page, parts._replace(scheme="", netloc="").geturl())
     else:
-        page.goto(address)
-        ready(page)
+        arrive(page, address)
 
 
-def violations(page: Any, *, colours: bool = False) -> list[str]:
-    """What axe-core finds wrong with the page as it is; of its colours alone where said."""
+def violations(page: Any, *, colours: bool = False, hidden: bool = False) -> list[str]:
+    """What axe-core finds wrong with the page as it is.
+
+    Args:
+        page: where; the panels of other pages, which are hidden, count only where that is said.
+        colours: look at nothing but colours.
+        hidden: look at hidden panels too, for names that are given twice.
+    """
     import axe_playwright_python
 
     if not page.evaluate("() => 'axe' in window"):
         (source,) = Path(axe_playwright_python.__file__).parent.glob("axe.min.js")
         page.evaluate(source.read_text(encoding="utf-8"))
-    rules = ["color-contrast", "link-in-text-block"]
+    options: dict[str, Any] = {"resultTypes": ["violations"], "preload": False}
+    where = {"include": ["html"]} | ({} if hidden else {"exclude": ["section[hidden]"]})
+    if colours:
+        options["runOnly"] = ["color-contrast", "link-in-text-block"]
     found = page.evaluate(
-        "async (only) => (await axe.run(document, {resultTypes: ['violations'], preload: false,"
-        " ...(only ? {runOnly: {type: 'rule', values: only}} : {})}))",
-        rules if colours else None,
+        "async ([where, options]) => await axe.run(where, options)", [where, options]
     )
     return [
         f"{v['id']}: {v['help']}: "

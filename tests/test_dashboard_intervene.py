@@ -8,7 +8,7 @@ import browser
 import numpy as np
 import pytest
 import torch
-from dashboard_kit import served, violations
+from dashboard_kit import leave, served_to, show, violations, visit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +36,8 @@ from interp.recipe import Edit, Recipe, Where
 from interp.tasks import make_task
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
-page = pytest.fixture(browser.page)
+tab = pytest.fixture(scope="module")(browser.tab)
+page = pytest.fixture(browser.kept)
 
 RETRIEVAL = "zoo:planted-retrieval"
 NEEDLE = ("--task", "needle", "--param", "needle:lengths=48", "-q")
@@ -346,15 +347,9 @@ def test_word_marks_lose_nothing_and_mark_only_what_differs(before, after):
 # ---- the page
 
 
-def leave(page, address="about:blank"):
-    """Go elsewhere; a question that is under way then fails, which is no fault."""
-    page.goto(address)
-    page.problems[:] = [x for x in page.problems if not x.startswith("failed: ")]
-
-
 def opened(page, address):
     """Go there, and wait for the form."""
-    leave(page, address)
+    show(page, address)
     page.wait_for_selector("#intervene-op")
 
 
@@ -363,7 +358,7 @@ def until(page, script):
 
 
 def test_a_result_stands_beside_the_page_s_own_form_in_both_themes(root, page):
-    with served(root) as site:
+    with served_to(page, root) as site:
         for theme in ("light", "dark"):
             opened(page, f"{site}/r/sets/intervene?theme={theme}")
             until(page, "document.querySelector('#intervene-result .js-plotly-plot .main-svg')")
@@ -375,15 +370,14 @@ def test_a_result_stands_beside_the_page_s_own_form_in_both_themes(root, page):
         until(page, "document.getElementById('intervene-command').textContent.includes('--heads')")
         line = page.inner_text("#intervene-command")
         assert "--heads L0H0,L1H0" in line and line.startswith("headscope ablate --joint --each")
-        page.goto(f"{site}/jobs")
+        visit(page, "/jobs")
         page.wait_for_selector("#page-jobs >> text=This server only reads")
-        leave(page)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_ablation_is_estimated_run_and_shown_and_another_cancelled(root, page):
     short = "param=needle:lengths=48&n=3&draws=2"
-    with served(root, jobs=True) as site:
+    with served_to(page, root, jobs=True) as site:
         opened(page, f"{site}/r/rank/intervene?basket=L1H0&{short}")
         until(page, "document.getElementById('intervene-command').textContent.includes('ablate')")
         page.click("#intervene-dry")
@@ -420,15 +414,13 @@ def test_an_ablation_is_estimated_run_and_shown_and_another_cancelled(root, page
         page.click("#intervene-job button")
         until(page, "document.getElementById('intervene-job').textContent.includes('cancelled')")
         until(page, "!document.getElementById('nav-jobs').dataset.count")
-        leave(page)
 
 
 def test_a_mistake_in_the_form_is_a_line_and_no_job(root, page):
-    with served(root, jobs=True) as site:
+    with served_to(page, root, jobs=True) as site:
         opened(page, f"{site}/r/rank/intervene?basket=L1H0&op=mean")
         until(page, "/needs clean and corrupted/.test("
                     "document.getElementById('intervene-said').textContent)")  # fmt: skip
         assert page.is_disabled("#intervene-go")
         opened(page, f"{site}/r/rank/intervene?basket=L1H0&n=0")
         until(page, "document.getElementById('intervene-said').textContent.includes('--n')")
-        leave(page)

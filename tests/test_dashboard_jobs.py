@@ -74,7 +74,7 @@ def until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "it never came"
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def ended(jobs: Jobs, job: Job) -> Job:

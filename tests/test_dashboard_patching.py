@@ -3,6 +3,7 @@
 import csv
 import io
 import shlex
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import browser
 import numpy as np
 import pytest
 from app_kit import process
-from dashboard_kit import HOSTILE, hostile, ready, served, violations
+from dashboard_kit import HOSTILE, arrive, hostile, ready, served, served_to, show, violations
 from test_app_positions import made
 
 from app.cli import main
@@ -35,7 +36,8 @@ from interp.run import Run
 from interp.scores import HeadScores
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
-page = pytest.fixture(browser.page)
+tab = pytest.fixture(scope="module")(browser.tab)
+page = pytest.fixture(browser.kept)
 IOI = ("-m", "zoo:planted-ioi", "--n", "4", "-q")
 MADE = {
     "positions": ("patch", "--positions", *IOI), "patch": ("patch", *IOI),
@@ -333,8 +335,7 @@ def test_the_page_needs_no_torch() -> None:
 
 
 def test_clicks_lead_to_heads_and_layers(address, page) -> None:
-    page.goto(f"{address}/r/positions/patch")
-    ready(page)
+    show(page, f"{address}/r/positions/patch")
     page.wait_for_selector("#patching-map-head .heatmaplayer")
     assert page.locator("#patching-map-head").is_visible()
     assert "5 of 144 cells" in page.inner_text("#patching-map-head-text")
@@ -357,8 +358,7 @@ def test_clicks_lead_to_heads_and_layers(address, page) -> None:
 
 
 def test_an_example_and_a_threshold_out_of_the_url(address, page) -> None:
-    page.goto(f"{address}/r/positions/patch?pex=1&pval=recovered&pmin=0.5")
-    ready(page)
+    arrive(page, f"{address}/r/positions/patch?pex=1&pval=recovered&pmin=0.5")
     page.wait_for_function("() => document.querySelectorAll('#patching-prompts mark').length == 6")
     page.wait_for_function(
         "() => /^3 of 144/.test(document.getElementById('patching-map-head-text').textContent)"
@@ -372,16 +372,13 @@ def test_an_example_and_a_threshold_out_of_the_url(address, page) -> None:
     ("run", "theme"), [("positions", "light"), ("positions", "dark"), ("windows", "light")]
 )
 def test_nothing_keeps_people_out(run, theme, address, page) -> None:
-    page.goto(f"{address}/r/{run}/patch?theme={theme}&pex=0")
-    ready(page)
+    show(page, f"{address}/r/{run}/patch?theme={theme}&pex=0")
     page.wait_for_function("() => document.getElementById('patching-runs').textContent")
     ready(page)
     assert violations(page) == []
 
 
 def test_hostile_runs_stay_texts(root, page, tmp_path) -> None:
-    import shutil
-
     folder = tmp_path / "positions"
     shutil.copytree(root / "positions", folder)
     hostile(folder)
@@ -395,9 +392,8 @@ def test_hostile_runs_stay_texts(root, page, tmp_path) -> None:
         meta["metric"] = HOSTILE[1]
     meta["spans"] = [{text: [[i, i + 1]] for i, text in enumerate(HOSTILE)}] * 4
     write_table(path, arrays, {"extra": "positions", "meta": meta})
-    with served(tmp_path) as found:
-        page.goto(f"{found}/r/positions/patch?pex=0")
-        ready(page)
+    with served_to(page, tmp_path) as found:
+        show(page, f"{found}/r/positions/patch?pex=0")
         for change in ("{}", "{pex: '', pby: 'span'}"):
             page.evaluate(f"() => window.headscope.select({change})")
             ready(page)
@@ -409,12 +405,10 @@ def test_hostile_runs_stay_texts(root, page, tmp_path) -> None:
             assert page.locator("#page-patching img, #page-patching script").count() == 0
 
 
-def test_a_job_out_of_the_form_makes_a_run(page, tmp_path) -> None:
-    with within(tmp_path):
-        assert main(["patch", *IOI, "--out", str(tmp_path / "first")]) == 0
-    with served(tmp_path, jobs=True) as found:
-        page.goto(f"{found}/r/first/patch")
-        ready(page)
+def test_a_job_out_of_the_form_makes_a_run(root, page, tmp_path) -> None:
+    shutil.copytree(root / "patch", tmp_path / "first")
+    with served_to(page, tmp_path, jobs=True) as found:
+        show(page, f"{found}/r/first/patch")
         page.wait_for_function(
             "() => /planted-ioi/.test(document.getElementById('patching-do-line').textContent)"
         )

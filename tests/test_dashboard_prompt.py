@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from app_kit import environment
-from dashboard_kit import HOSTILE, hostile, needle_run, ready, served, violations
+from dashboard_kit import (
+    HOSTILE,
+    hostile,
+    needle_run,
+    ready,
+    served_to,
+    show,
+    violations,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +49,8 @@ from interp.run import Run
 from interp.traces.recording import capture
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
-page = pytest.fixture(browser.page)
+tab = pytest.fixture(scope="module")(browser.tab)
+page = pytest.fixture(browser.kept)
 
 A = "Note: Cedar lemon kite drum. The old baker walked to the market. Recall: Cedar"
 B = "Note: Cedar opal vase jewel. The baker walked to the quiet old market. Recall: Cedar"
@@ -496,7 +505,7 @@ def test_a_busy_worker_and_bad_requests_are_lines(tmp_path):
     asked = client(tmp_path, Busy())
     body = {"model": "zoo:needle", "texts": ["a"]}
     for patch, status, words in (
-        ({}, 409, "the model is busy: a job is running. wait for the job"),
+        ({}, 409, "the model is busy: a job is running; wait for the job"),
         ({"model": "zoo:nothing"}, 409, "no zoo model named"),
         ({"texts": ["x" * 1_000_001]}, 400, "1,000,000"),
         ({"texts": ["\ud800"]}, 400, "surrogate"),
@@ -548,9 +557,8 @@ def test_a_server_that_reads_needs_no_torch(root):
 
 
 def test_a_prompt_is_typed_previewed_run_and_compared(page, tmp_path):
-    with served(tmp_path, jobs=True) as site:
-        page.goto(f"{site}/r/-/prompt?model=zoo:needle")
-        ready(page)
+    with served_to(page, tmp_path, jobs=True) as site:
+        show(page, f"{site}/r/-/prompt?model=zoo:needle")
         page.problems.clear()  # the header asks for a run that there is not
         page.fill("#prompt-a", A)
         page.fill("#prompt-b", B)
@@ -592,9 +600,8 @@ def test_a_prompt_is_typed_previewed_run_and_compared(page, tmp_path):
 
 
 def test_needles_are_made_scored_and_drawn(page, tmp_path):
-    with served(tmp_path, jobs=True) as site:
-        page.goto(f"{site}/r/-/prompt?model=zoo:needle")
-        ready(page)
+    with served_to(page, tmp_path, jobs=True) as site:
+        show(page, f"{site}/r/-/prompt?model=zoo:needle")
         page.problems.clear()
         page.fill("#needle-lengths", "64,128")
         page.fill("#needle-depths", "0,1")
@@ -616,9 +623,8 @@ def test_hostile_texts_are_texts(page, tmp_path):
     folder = needle_run(tmp_path)
     hostile(folder)
     (key,) = [p.name for p in (folder / "traces").iterdir()]
-    with served(tmp_path, jobs=True) as site:
-        page.goto(f"{site}/r/needle/prompt?p={key}&ab={key}&dq=0:12&dk=0:12&model=zoo:needle")
-        ready(page)
+    with served_to(page, tmp_path, jobs=True) as site:
+        show(page, f"{site}/r/needle/prompt?p={key}&ab={key}&dq=0:12&dk=0:12&model=zoo:needle")
         page.wait_for_selector("#prompt-strips .token")
         page.wait_for_selector("#prompt-map .heatmaplayer image")
         first = page.eval_on_selector("#prompt-strips .token >> nth=1", "e => e.textContent")
@@ -645,9 +651,8 @@ def test_hostile_texts_are_texts(page, tmp_path):
 def test_a_chosen_prompt_is_taken_up_and_a_file_is_loaded(page, root):
     place, _ = root
     one = traces(place, "one")
-    with served(place) as site:
-        page.goto(f"{site}/r/one/prompt?p={one['B'].key}")
-        ready(page)
+    with served_to(page, place) as site:
+        show(page, f"{site}/r/one/prompt?p={one['B'].key}")
         page.wait_for_function("() => document.getElementById('prompt-a').value")
         assert page.input_value("#prompt-a") == B
         assert page.query_selector("#prompt-run") is None
@@ -666,17 +671,19 @@ def test_a_chosen_prompt_is_taken_up_and_a_file_is_loaded(page, root):
         assert "y.txt must hold text in UTF-8" in page.inner_text("#prompt-error")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing(page, root, theme):
+def test_axe_finds_nothing(page, root):
     place, _ = root
     one = traces(place, "one")
-    with served(place, jobs=True) as site:
-        page.goto(f"{site}/r/one/prompt?p={one['A'].key}&ab={one['B'].key}&theme={theme}")
-        ready(page)
+    with served_to(page, place, jobs=True) as site:
+        show(page, f"{site}/r/one/prompt?p={one['A'].key}&ab={one['B'].key}&theme=light")
         page.click("#prompt-preview")
         page.wait_for_selector("#prompt-tokens .prompt-strip")
         page.click("#needle-make")
         page.wait_for_selector("#needle-rank:not([disabled])")
         page.wait_for_selector("#prompt-strips .differ")
-        found = violations(page)
-        assert not found, "\n".join(found)
+        for theme in ("light", "dark"):
+            page.evaluate("(theme) => window.headscope.select({theme})", theme)
+            ready(page)
+            assert page.get_attribute("html", "data-theme") == theme
+            found = violations(page)
+            assert not found, "\n".join(found)

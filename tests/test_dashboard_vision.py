@@ -6,7 +6,7 @@ from dataclasses import replace
 import browser
 import numpy as np
 import pytest
-from dashboard_kit import ready, served, violations
+from dashboard_kit import arrive, served, show, violations
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,7 +44,8 @@ from interp.traces import decode, traces_of
 from interp.traces.trace import Trace
 
 chromium = pytest.fixture(scope="module")(browser.chromium)
-page = pytest.fixture(browser.page)
+tab = pytest.fixture(scope="module")(browser.tab)
+page = pytest.fixture(browser.kept)
 PIXELS = """([j, points]) => {
     const c = document.querySelectorAll('.vision-frame canvas')[j];
     const all = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
@@ -563,8 +564,7 @@ def test_a_deep_link_draws_the_row_and_a_dragged_box_lists_who_reads_it(
     site, page, traces, prompts
 ):
     trace = traces[prompts[0].id]
-    page.goto(f"{site}/r/shapes/vision?p={trace.key}&layer=2&head=4&opacity=100&noboxes=1")
-    ready(page)
+    arrive(page, f"{site}/r/shapes/vision?p={trace.key}&layer=2&head=4&opacity=100&noboxes=1")
     drawn(page, "L2H4", trace.key)
     row = whole(trace, "L2H4")[70, 1:65].reshape(8, 8)
     places = [np.unravel_index(i, row.shape) for i in (row.argmax(), row.argmin())]
@@ -596,8 +596,7 @@ def test_a_deep_link_draws_the_row_and_a_dragged_box_lists_who_reads_it(
 
 def test_keys_alone_choose_patches_and_the_query(site, page, traces, prompts):
     trace = traces[prompts[0].id]
-    page.goto(f"{site}/r/shapes/vision?p={trace.key}&layer=2&head=4")
-    ready(page)
+    arrive(page, f"{site}/r/shapes/vision?p={trace.key}&layer=2&head=4")
     drawn(page, "L2H4", trace.key)
     page.focus(".vision-frame")
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", " ", "Shift+ArrowDown"):
@@ -625,8 +624,7 @@ def test_keys_alone_choose_patches_and_the_query(site, page, traces, prompts):
 
 def test_any_grid_is_drawn_where_its_patches_lie(site, page, traces):
     trace = traces["tiles"]
-    page.goto(f"{site}/r/tiles/vision?layer=3&head=3&opacity=100&noboxes=1")
-    ready(page)
+    show(page, f"{site}/r/tiles/vision?layer=3&head=3&opacity=100&noboxes=1")
     drawn(page, "L3H3", trace.key)
     row, patches = whole(trace, "L3H3")[70], patches_of(trace, "text")
     tiles = np.flatnonzero(patches.places[:, 5] >= 0)

@@ -75,11 +75,20 @@
     if (turned) OF_PROMPT.forEach((n) => { delete next[n]; });
     const made = tidy({...next, ...patch});
     if (JSON.stringify(sorted(made)) === JSON.stringify(sorted(state))) return;
+    const before = state.page;
     state = made;
     const address = url(state);
     const here = window.location.pathname + window.location.search;
+    const turned_page = state.page !== before;
     if (address !== here) window.history[push ? "pushState" : "replaceState"]({}, "", address);
     apply();
+    if (turned_page) begin();
+  }
+
+  /* Another page is read from its top, and the keyboard goes on from there. */
+  function begin() {
+    const main = document.getElementById("main");
+    if (main) { main.focus({preventScroll: true}); window.scrollTo(0, 0); }
   }
 
   function sorted(of) {
@@ -90,8 +99,7 @@
     state = tidy({...kept(), ...parse(address)});
     window.history.pushState({}, "", url(state));
     apply();
-    const main = document.getElementById("main");
-    if (main) { main.focus({preventScroll: true}); window.scrollTo(0, 0); }
+    begin();
   }
 
   /* What stays when another page of the same run is opened. */

@@ -4,7 +4,9 @@
   const dag = (window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {});
   dag.HeadscopeLink = function (props) {
     if (props.value === null || props.value === undefined) return null;
-    const to = props.to.replace("{}", encodeURIComponent(props.value));
+    // A row may say where it leads; the rest of it is text.
+    const own = props.data && props.data.to;
+    const to = typeof own === "string" && /^\/[^/]/.test(own) ? own : props.to.replace("{}", encodeURIComponent(props.value));
     return window.React.createElement("a", {href: to}, String(props.value));
   };
   dag.HeadscopeHead = function (props) {

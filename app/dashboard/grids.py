@@ -69,6 +69,8 @@ def number_column(field: str, name: str, *, width: int = 115, digits: int = 4) -
     return {
         "field": field, "headerName": name, "width": width, "type": "numericColumn",
         "filter": "agNumberColumnFilter",
-        "valueFormatter": {"function": f"params.value == null ? '–' : d3.format('.{digits}~g')"
-                                       "(params.value)"},
+        "valueFormatter": {"function": "params.value == null ? '–' : params.value != 0 && "
+                                       "params.value < 0.001 && params.value > -0.001 ? "
+                                       f"d3.format('.2~e')(params.value) : "
+                                       f"d3.format('.{digits}~g')(params.value)"},
     }  # fmt: skip

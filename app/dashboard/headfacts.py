@@ -6,7 +6,7 @@ import numpy as np
 
 from app.dashboard.library import OpenRun
 from app.dashboard.page import Feed, Site
-from app.dashboard.pages.heads import shown
+from app.dashboard.pages.heads import shown, verdicts
 from app.figures.maps import marked
 from interp.errors import InterpError
 from interp.headid import HeadId
@@ -55,12 +55,12 @@ def badges(run: OpenRun, head: HeadId) -> "list[Component]":
         i = at(table, head)
         if i is None or table.verdict[i] == "undefined":
             continue
-        text = (
-            f"{name} {_number(table.values[i])} "
-            f"[{_number(table.ci_lo[i])}, {_number(table.ci_hi[i])}], q {_number(table.q[i])}"
-        )
+        text = f"{name} {_number(table.values[i])}"
+        if np.isfinite(table.ci_lo[i]):
+            text += f" [{_number(table.ci_lo[i])}, {_number(table.ci_hi[i])}]"
+        text += f", q {_number(table.q[i])}" if np.isfinite(table.q[i]) else ""
         strong = table.verdict[i] == name
-        out.append(html.Span(text if strong else f"{text}: no evidence",
+        out.append(html.Span(text if strong else f"{text}: {verdicts(table)[i]}",
                              className="badge strong" if strong else "badge"))  # fmt: skip
     try:
         layer = run.trace(None).layer(head.tower, head.layer)
@@ -129,9 +129,11 @@ def _spread(scores: np.ndarray) -> str:
     return ", ".join(f"{_number(a)}–{_number(b)}: {n}" for n, a, b in parts if n)
 
 
-def _link(run: OpenRun, head: HeadId, prompt: str) -> str:
-    tower = "" if head.tower == "text" else f"&t={head.tower}"
-    return f"/r/{run.name}/head/{head.layer}/{head.head}?p={prompt}{tower}"
+def _link(run: OpenRun, head: HeadId, prompt: str | None = None) -> str:
+    query = [f"p={prompt}"] if prompt else []
+    query += [] if head.tower == "text" else [f"t={head.tower}"]
+    place = f"/r/{run.name}/head/{head.layer}/{head.head}"
+    return f"{place}?{'&'.join(query)}" if query else place
 
 
 def causes(site: Site, run: OpenRun, head: HeadId) -> "Component | str":
@@ -181,7 +183,7 @@ def writes(run: OpenRun, head: HeadId, feed: Feed) -> "Component | str":
         trace = run.trace(feed.get("prompt"))
         found = trace.head(head).writes()
     except InterpError:
-        return "Kept with traces."
+        return "Needs a trace of a prompt: headscope capture makes one."
     if not found:
         return "Kept for heads of text decoders that write to the logits."
     rows = [
@@ -217,6 +219,6 @@ def alike(run: OpenRun, head: HeadId) -> "Component | str":
     rows = []
     for i in np.argsort(far, kind="stable")[1:7]:
         h = heads[i]
-        rows.append([html.A(str(h), href=f"/r/{run.name}/head/{h.layer}/{h.head}"),
+        rows.append([html.A(str(h), href=_link(run, h)),
                      f"{far[i]:.2f}"])  # fmt: skip
     return _table(["head", "distance"], rows)

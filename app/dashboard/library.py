@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from interp.errors import InterpError, RunError, UnknownNameError
 from interp.run import COMPLETE, Run
@@ -79,6 +80,12 @@ class OpenRun:
             RunError: the run has none at all.
         """
         if not self.tables:
+            if self.run.status == COMPLETE:
+                raise RunError(
+                    f"run {self.name} holds no scores of heads",
+                    hint=f"headscope rank DETECTOR --model {self.info.get('model', 'MODEL')} "
+                    "makes some",
+                )
             raise RunError(
                 f"run {self.name} is {self.run.status} and has no table of scores",
                 hint=f"go on with: {self.info.get('command', 'the command that began it')}",
@@ -104,6 +111,18 @@ class OpenRun:
         if found not in self.traces:
             raise UnknownNameError("prompt with a trace in this run", found, self.traces)
         return self.traces[found]
+
+
+def place_of(name: str, info: Mapping[str, Any]) -> str:
+    """Address of the page on which most of a run is seen."""
+    view = info.get("view")
+    if info.get("scores") or info.get("status") != COMPLETE:
+        page = "patch" if view == "positions" else "heads"
+    elif view in ("sets", "sweep", "steer"):
+        page = f"intervene?result={quote(name, safe='')}"
+    else:
+        page = {"windows": "patch", "capture": "head/0/0"}.get(str(view), "heads")
+    return f"/r/{quote(name, safe='')}/{page}"
 
 
 @dataclass

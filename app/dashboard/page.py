@@ -154,4 +154,4 @@ def basket_of(feed: Feed) -> tuple[str, ...]:
 def told(error: Exception) -> str:
     """An error as a line for people, with what to do."""
     hint = getattr(error, "hint", None)
-    return f"{error}. {hint}" if hint else str(error)
+    return f"{error}; {hint}" if hint else str(error)

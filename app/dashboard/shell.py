@@ -59,7 +59,7 @@ def layout(site: Site) -> "Component":
                 [
                     dmc.Select(
                         id="run-select", data=[], searchable=True, placeholder="run", size="xs",
-                        w=220, **{"aria-label": "run"}, nothingFoundMessage="no such run",
+                        w=200, **{"aria-label": "run"}, nothingFoundMessage="no such run",
                     ),
                     dmc.Select(
                         id="prompt-select", data=[], searchable=True, placeholder="prompt",

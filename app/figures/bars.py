@@ -45,8 +45,14 @@ def segment_map(mass: np.ndarray, names: Sequence[str], *, theme: str | None = N
     return figure
 
 
-def entropy_line(entropy: np.ndarray, *, theme: str | None = None) -> "go.Figure":
-    """Entropy of each row, with what a uniform row would have; pooled by mean beyond 512."""
+def entropy_line(entropy: np.ndarray, seen: np.ndarray, *, theme: str | None = None) -> "go.Figure":
+    """Entropy of each row, with what a uniform row would have; pooled by mean beyond 512.
+
+    Args:
+        entropy: [query] in nats.
+        seen: [query] keys that the query sees.
+        theme: `light` or `dark`.
+    """
     import plotly.graph_objects as go
 
     values = entropy.astype(np.float64)
@@ -58,8 +64,8 @@ def entropy_line(entropy: np.ndarray, *, theme: str | None = None) -> "go.Figure
         [
             go.Scatter(x=at, y=mean.astype(np.float32), mode="lines", name="entropy",
                        line={"color": colours[0]}),
-            go.Scatter(x=at, y=np.log(at + 1.0).astype(np.float32), mode="lines",
-                       name="log(position + 1)", line={"color": colours[5], "dash": "dot"}),
+            go.Scatter(x=at, y=np.log(np.maximum(seen[at], 1)).astype(np.float32), mode="lines",
+                       name="log(keys it sees)", line={"color": colours[5], "dash": "dot"}),
         ]
     )  # fmt: skip
     styled(figure, theme, height=240)

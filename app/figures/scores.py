@@ -40,6 +40,8 @@ def head_scatter(
     at = {h: i for i, h in enumerate(a.heads)}
     names = [str(h) for h in shared]
     theme = theme_of(theme)
+    deep = 1 + max((h.layer for h in shared), default=0)
+    every = -(-deep // 8)  # whole layers, at most eight ticks
     # WebGL for thousands of heads; below, what also downloads as a vector.
     draw = go.Scattergl if len(shared) > 3000 else go.Scatter
     figure = go.Figure(
@@ -52,7 +54,8 @@ def head_scatter(
                     "color": [h.layer for h in shared], "colorscale": "Cividis", "opacity": 0.85,
                     "line": {"width": 1, "color": SERIES[theme][0]},
                     "colorbar": {"title": {"text": "layer", "side": "right"}, "thickness": 12,
-                                 "outlinewidth": 0}},
+                                 "outlinewidth": 0, "tick0": 0,
+                                 "dtick": every}},
             hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
         )
     )  # fmt: skip

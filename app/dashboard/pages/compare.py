@@ -73,7 +73,7 @@ def wire(app: "Dash", site: Site) -> None:
         Input("compare-runs", "data"),
     )
     def choices(feed: Feed | None) -> Any:
-        if not feed:
+        if feed is None:
             return no_update
         names = [n for n in site.library.names() if n != feed.get("run")]
         try:
@@ -90,7 +90,7 @@ def wire(app: "Dash", site: Site) -> None:
         Input("compare-view", "data"),
     )
     def draw(feed: Feed | None) -> Any:
-        if not feed:
+        if feed is None:
             return no_update
         theme = feed.get("theme")
         if "run" not in feed or "other" not in feed:

@@ -149,7 +149,7 @@ def wire(app: "Dash", site: Site) -> None:
             return no_update
         try:
             found = site.run(feed)
-            head = head_of(feed) or best_of(found, feed)
+            head = meant(found, feed)
         except InterpError as error:
             return {}, "Head", [], html.P(told(error), className="alert", role="alert")
         place = {"run": found.name, "prompt": None, "tower": head.tower,
@@ -174,7 +174,7 @@ def wire(app: "Dash", site: Site) -> None:
             return no_update
         try:
             found = site.run(feed)
-            head = head_of(feed) or best_of(found, feed)
+            head = meant(found, feed)
         except InterpError:
             return ("",) * 4
         return (
@@ -221,7 +221,7 @@ def wire(app: "Dash", site: Site) -> None:
             return (
                 distance_bars(head.summary("distance"), theme=theme),
                 segment_map(head.summary("segments"), head.layer.tower.segments, theme=theme),
-                entropy_line(head.summary("entropy"), theme=theme),
+                entropy_line(head.summary("entropy"), seen_by(head), theme=theme),
             )
         except InterpError as error:
             return tuple(said(told(error), theme) for _ in range(3))
@@ -238,6 +238,28 @@ def wire(app: "Dash", site: Site) -> None:
             ClientsideFunction("headscope", function), Input(source, prop),
             prevent_initial_call=True,
         )  # fmt: skip
+
+
+def meant(run: "OpenRun", feed: Feed) -> HeadId:
+    """The head that a feed names, the strongest if it names none.
+
+    Without a tower in the address the head is of the run's own: a vision model has no text.
+    """
+    head = head_of(feed)
+    if head is None:
+        return best_of(run, feed)
+    if feed.get("tower"):
+        return head
+    towers = [t for table in run.tables.values() for t in table.towers]
+    towers += [t for trace in list(run.traces.values())[:1] for t in trace.towers]
+    tower = DEFAULT_TOWER if DEFAULT_TOWER in towers or not towers else towers[0]
+    return HeadId(head.layer, head.head, tower)
+
+
+def seen_by(head: HeadTrace) -> np.ndarray:
+    """[query] number of keys that each query sees."""
+    seen: np.ndarray = head.layer.array("high") - head.layer.array("low")
+    return seen
 
 
 def best_of(run: "OpenRun", feed: Feed) -> HeadId:

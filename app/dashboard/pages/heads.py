@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.dashboard.grids import grid, number_column
-from app.dashboard.library import OpenRun
+from app.dashboard.library import OpenRun, place_of
 from app.dashboard.page import Feed, Page, Site, basket_of, enter, told
 from app.figures.scores import head_grid, head_scatter
 from app.figures.style import said
@@ -25,16 +25,16 @@ HEAD = {
 }  # fmt: skip
 COLUMNS = (
     HEAD,
-    {"field": "rank", "headerName": "Rank", "width": 80, "type": "numericColumn"},
+    {"field": "rank", "headerName": "Rank", "width": 95, "type": "numericColumn"},
     number_column("score", "Score"),
-    number_column("ci_lo", "95 % from", width=105),
+    number_column("ci_lo", "95 % from", width=130),
     number_column("ci_hi", "to"),
     {"field": "n", "headerName": "n", "width": 70, "type": "numericColumn"},
     number_column("null", "Null"),
-    number_column("percentile", "Above null, %", width=120, digits=3),
+    number_column("percentile", "Above null, %", width=155, digits=3),
     number_column("q", "q"),
     {"field": "verdict", "headerName": "Verdict", "width": 150},
-    {"field": "ranks", "headerName": "Rank range", "width": 110},
+    {"field": "ranks", "headerName": "Rank range", "width": 140},
 )
 
 
@@ -156,16 +156,18 @@ def wire(app: "Dash", site: Site) -> None:
         if not feed or "run" not in feed:
             note: Any = html.P(["Choose a run, or see ", html.A("all runs", href="/")])
             return *nothing, note, *("",) * 4
+        found = None
         try:
             found = site.run(feed)
             names = list(found.tables)
             if not names:
                 found.table(None)
         except InterpError as error:
-            note = html.P(told(error), className="alert", role="alert")
+            note = no_scores(found) if found is not None else None
+            note = note or html.P(told(error), className="alert", role="alert")
             return *nothing, note, *("",) * 4
         towers = list(dict.fromkeys(t for s in found.tables.values() for t in s.towers))
-        classes = sorted({str(v) for s in found.tables.values() for v in s.verdict})
+        classes = sorted({v for s in found.tables.values() for v in verdicts(s)})
         first, second = names[0], names[min(1, len(names) - 1)]
         return names, names, names, towers, classes, "", first, first, second, towers[0]
 
@@ -259,6 +261,22 @@ def wire(app: "Dash", site: Site) -> None:
         )  # fmt: skip
 
 
+def no_scores(run: OpenRun) -> "Component | None":
+    """Where to look at a finished run that holds no scores; None for one that is not finished."""
+    from dash import html
+
+    if run.run.status != "complete":
+        return None
+    title = {"intervene": "Intervene", "patch": "Patching"}
+    place = place_of(run.name, run.info)
+    page = place.partition("?")[0].rsplit("/", 1)[-1]
+    link = html.A(f"what it holds is on {title.get(page, 'Head')}", href=place)
+    what = run.info.get("view") or "other results"
+    if place.endswith("/heads"):
+        return html.P(f"This run ({what}) holds no scores of heads.")
+    return html.P([f"This run ({what}) holds no scores of heads: ", link, "."])
+
+
 def shown(run: OpenRun, feed: Feed) -> HeadScores:
     """The table that a feed names; the run's first if it names none."""
     name = feed.get("metric")
@@ -284,9 +302,9 @@ def rows(table: HeadScores, feed: Mapping[str, str]) -> list[dict[str, Any]]:
     numbers |= {"percentile": null_percentile(table), "ranks": rank_ranges(table)}
     sign = 1.0 if table.direction == "higher" else -1.0
     order = np.argsort(-sign * table.values, kind="stable")  # undefined heads come last
-    out = []
+    out, said_of = [], verdicts(table)
     for rank, i in enumerate(order.tolist(), 1):
-        head, verdict = table.heads[i], str(table.verdict[i])
+        head, verdict = table.heads[i], said_of[i]
         if tower is not None and head.tower != tower:
             continue
         if (low is not None and head.layer < low) or (high is not None and head.layer > high):
@@ -297,6 +315,12 @@ def rows(table: HeadScores, feed: Mapping[str, str]) -> list[dict[str, Any]]:
         out.append({"head": str(head), "rank": rank, "n": int(table.n[i]), "verdict": verdict,
                     **row})  # fmt: skip
     return out
+
+
+def verdicts(table: HeadScores) -> list[str]:
+    """Verdict of each head; where nothing was tested, that is said instead of *no evidence*."""
+    tested = np.isfinite(table.q).any()
+    return [str(v) if tested or v != "no evidence" else "not tested" for v in table.verdict]
 
 
 def _short(column: np.ndarray) -> list[float | None]:
@@ -335,6 +359,8 @@ def passing(table: HeadScores, feed: Feed) -> str:
         threshold = float(feed["thr"])
     except (KeyError, ValueError):
         threshold = table.threshold
+    if not np.isfinite(threshold) and not np.isfinite(table.q).any():
+        return "no threshold, and no controls to test against"
     if not np.isfinite(threshold):
         return f"{int((table.verdict == table.detector).sum())} heads claimed; no threshold"
     sign = 1.0 if table.direction == "higher" else -1.0

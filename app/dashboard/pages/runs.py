@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from app.dashboard.grids import grid, link_column
-from app.dashboard.library import Entry
+from app.dashboard.library import Entry, place_of
 from app.dashboard.page import Feed, Page, Site, enter
+from interp.errors import InterpError
 
 if TYPE_CHECKING:
     from dash import Dash
@@ -16,17 +17,17 @@ START = (
     "headscope verdict retrieval --model zoo:needle",
 )
 COLUMNS = (
-    link_column("run", "Run", "/r/{}/heads", width=320),
+    link_column("run", "Run", "/r/{}/heads", width=330),
     {"field": "kind", "headerName": "What", "width": 110},
+    {"field": "status", "headerName": "Status", "width": 120},
     {"field": "model", "headerName": "Model", "width": 150},
     {"field": "dtype", "headerName": "Dtype", "width": 100},
-    {"field": "attention", "headerName": "Attention", "width": 100},
-    {"field": "examples", "headerName": "Prompts", "width": 95, "type": "numericColumn"},
-    {"field": "longest", "headerName": "T max", "width": 85, "type": "numericColumn"},
+    {"field": "attention", "headerName": "Attention", "width": 125},
+    {"field": "examples", "headerName": "Prompts", "width": 115, "type": "numericColumn"},
+    {"field": "longest", "headerName": "T max", "width": 105, "type": "numericColumn"},
     {"field": "scores", "headerName": "Scores", "width": 260},
-    {"field": "traces", "headerName": "Traces", "width": 85, "type": "numericColumn"},
+    {"field": "traces", "headerName": "Traces", "width": 105, "type": "numericColumn"},
     {"field": "seen", "headerName": "Inputs", "width": 100},
-    {"field": "status", "headerName": "Status", "width": 110},
     {"field": "created", "headerName": "Made", "width": 175},
     {"field": "version", "headerName": "Version", "width": 90},
 )
@@ -67,7 +68,7 @@ def wire(app: "Dash", site: Site) -> None:
             return no_update, no_update
         entries = site.library.entries()
         note: Any = [
-            html.P(f"{e.name}: {e.error}. {e.hint}", className="alert", role="alert")
+            html.P(f"{e.name}: {e.error}; {e.hint}", className="alert", role="alert")
             for e in entries
             if e.run is None
         ]
@@ -76,7 +77,7 @@ def wire(app: "Dash", site: Site) -> None:
                 html.P(f"There is no run in {site.root} yet. Each of these makes one:"),
                 html.Pre("\n".join(START), tabIndex="0"),
             ]
-        return [row_of(e) for e in entries], note
+        return [row_of(e, _longest(site, e)) for e in entries], note
 
     app.clientside_callback(
         ClientsideFunction("headscope", "compare_chosen"),
@@ -87,8 +88,8 @@ def wire(app: "Dash", site: Site) -> None:
     app.clientside_callback(ClientsideFunction("headscope", "runs"), Input("run-select", "data"))
 
 
-def row_of(entry: Entry) -> dict[str, Any]:
-    """One run as a row of the table."""
+def row_of(entry: Entry, longest: int | None = None) -> dict[str, Any]:
+    """One run as a row of the table; `longest` is the number of tokens of its longest trace."""
     if entry.run is None:
         return {"run": entry.name, "kind": "damaged", "status": "damaged"}
     info = entry.run.info
@@ -97,12 +98,13 @@ def row_of(entry: Entry) -> dict[str, Any]:
     folder = entry.run.folder
     return {
         "run": entry.name,
-        "kind": info.get("view") or info.get("kind") or ("rank" if scores else "capture"),
+        "to": place_of(entry.name, info),
+        "kind": info.get("view") or info.get("kind") or _command(info.get("command")),
         "model": info.get("model") or key.get("model"),
         "dtype": str(key.get("dtype") or "").removeprefix("torch."),
         "attention": key.get("attention"),
         "examples": _sum(key, "n"),
-        "longest": info.get("longest"),
+        "longest": longest,
         "scores": ", ".join(scores),
         "traces": len(list((folder / "traces").iterdir())) if (folder / "traces").is_dir() else 0,
         "seen": "images, text" if (folder / "extra" / "sight.safetensors").exists() else "text",
@@ -110,6 +112,22 @@ def row_of(entry: Entry) -> dict[str, Any]:
         "created": str(info.get("created") or "").replace("T", " ").rstrip("Z"),
         "version": key.get("headscope"),
     }
+
+
+def _command(line: object) -> str:
+    """The name of the command of a line: `rank` of `headscope rank sink`."""
+    words = str(line or "").split()
+    return words[1] if len(words) > 1 else "rank"
+
+
+def _longest(site: Site, entry: Entry) -> int | None:
+    if entry.run is None or not (entry.run.folder / "traces").is_dir():
+        return None
+    try:
+        traces = site.library.open(entry.name).traces
+    except InterpError:
+        return None
+    return max((len(t.tokens) for t in traces.values()), default=None)
 
 
 def _sum(key: Any, name: str) -> int | None:
