@@ -1,10 +1,12 @@
 """`headscope rank --dry-run`: what the batches of a request would take."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from app.outlook import Row, Work, forecast, row
+from app.subject import ALL, check_towers
 from app.tables import Format
 
 if TYPE_CHECKING:
@@ -25,12 +27,31 @@ def _count(request: "Request", model: "Model") -> tuple[Work, list[Row]]:
     from app.rank import prepared
     from heads.scoring import batches
 
+    # A single tower is not looked for: that takes a run of a few tokens.
+    towers = tuple(request.towers)
+    if len(towers) > 1 or towers == (ALL,):
+        towers = check_towers(model, towers) or ()
     made, prompts, task = prepared(request, model)
     jobs, _ = batches(
         model, made, prompts, task=task, n=request.n, batch_size=request.batch_size,
         seed=request.seed,
     )  # fmt: skip
-    return work_of(jobs, _heads(model, request.tower, jobs)), [row("batches", len(jobs))]
+    batched = row("batches", len(jobs))
+    if len(towers) <= 1:
+        return work_of(jobs, _heads(model, towers[0] if towers else None, jobs)), [batched]
+    # The first prompt of its detectors tells which of several towers they apply to.
+    first = {job.detectors: job for job in reversed(jobs)}.values()
+    tried = [
+        replace(job, detectors=(d,), prompts=job.prompts[:1]) for job in first
+        for d in job.detectors
+    ]  # fmt: skip
+    once = work_of(jobs, 0)
+    work = Work(longest=once.longest)
+    for name in towers:
+        heads = len(model.tower(name).heads)
+        work = work + work_of(jobs, heads) + work_of(tried, heads)
+    work = replace(work, prompts=once.prompts, tokens=once.tokens)
+    return work, [row("towers", len(towers), "", "at most, of each detector"), batched]
 
 
 def _heads(model: "Model", tower: str | None, jobs: "Sequence[Job]") -> int:

@@ -16,9 +16,7 @@ def export(
         Path, typer.Option("--out", "-o", help="Folder, or with --head the file, to write.")
     ],
     to: Annotated[str | None, typer.Option("--to", help="Format of a folder: headvis.")] = None,
-    head: Annotated[
-        str | None, typer.Option("--head", help="A head, such as L9H6.")
-    ] = None,
+    head: Annotated[str | None, typer.Option("--head", help="A head, such as L9H6.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="With --head, id of the prompt; the first if absent.")
     ] = None,

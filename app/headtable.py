@@ -48,10 +48,14 @@ def _part(scores: HeadScores, top: int | None) -> Part:
 def _claimed(scores: HeadScores) -> str:
     count = int((scores.verdict == scores.detector).sum())
     sign = ">=" if scores.direction == "higher" else "<="
-    return (
+    text = (
         f"{count} of {len(scores.heads)} heads: q <= {scores.alpha:g} and score {sign} "
         f"{scores.threshold:g}"
     )
+    if len(scores.towers) > 1:
+        text += f"; q over all heads of {' and '.join(scores.towers)}"
+    left = scores.provenance.get("left_out", {})
+    return "; ".join([text, *(f"tower {t} is left out: {why}" for t, why in left.items())])
 
 
 def _facts(scores: HeadScores) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from app.catalog import check
 from app.exits import INTERRUPTED, UsageError, say
 from app.given import Given, made_prompts
 from app.loading import Source, waiting
-from app.subject import check_tower
+from app.subject import check_towers, read_towers
 from app.tables import Format, Table, write
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Request:
     n: int
     batch_size: int
     seed: int
-    tower: str | None
+    towers: Sequence[str]
     command: str
     traces: int = 0
 
@@ -74,7 +74,8 @@ def rank(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of tasks and controls.")] = 0,
     tower: Annotated[
-        str | None, typer.Option(help="Tower to score; the model's first if absent.")
+        str | None,
+        typer.Option(help="Tower to score, several as text,vision, or all; the first if absent."),
     ] = None,
     param: Annotated[
         list[str] | None,
@@ -99,7 +100,7 @@ def rank(
 
     Several detectors share one pass where they use the same prompts. Finished batches are kept:
     the same command goes on where it was stopped, and is answered from the run once that is
-    complete.
+    complete. Heads of several towers share a table, and its q-values correct for all of them.
     """
     source = Source(model, device, dtype, attn, revision, offline, trust_remote_code)
     given = Given(prompts, prompt or (), image or ())
@@ -113,7 +114,7 @@ def rank(
         n,
         batch_size,
         seed,
-        tower,
+        read_towers(tower),
         shlex.join(["headscope", *(context.obj or ())]),
         traces,
     )
@@ -163,11 +164,11 @@ def _answer(
     with waiting("making prompts", quiet=quiet):
         from heads.scoring import plan
 
-        check_tower(model, request.tower)
+        towers = check_towers(model, request.towers)
         made, prompts, task = prepared(request, model)
         planned = plan(
             model, made, prompts, task=task, n=request.n, batch_size=request.batch_size,
-            seed=request.seed, tower=request.tower,
+            seed=request.seed, tower=towers,
         )  # fmt: skip
     if not save:
         return head_table(_compute(model, planned, None, request, quiet=quiet), top=top)
@@ -181,7 +182,8 @@ def _answer(
                 say(f"going on with {run.folder}: {_counted(run, planned)} are finished")
             scores = _compute(model, planned, run, request, quiet=quiet)
             news = f"saved: {run.folder}"
-        _sights(model, planned, request).keep(run, {n: scores[n] for n in request.detectors})
+        shown = {n: scores[n] for n in request.detectors}
+        _sights(model, planned, request, shown).keep(run, shown)
         if request.traces:
             _keep_traces(model, planned, run, request, quiet=quiet)
     if not quiet:
@@ -189,7 +191,9 @@ def _answer(
     return head_table({name: scores[name] for name in request.detectors}, run=run, top=top)
 
 
-def _sights(model: "Model", planned: "Plan", request: Request) -> "Sights":
+def _sights(
+    model: "Model", planned: "Plan", request: Request, tables: "Mapping[str, HeadScores]"
+) -> "Sights":
     from app.sights import Sights
 
     lines = request.lines
@@ -201,7 +205,10 @@ def _sights(model: "Model", planned: "Plan", request: Request) -> "Sights":
 
     detectors = {d.name: d for job in planned.jobs for d in job.detectors}.values()
     wanted = [name for d in detectors for name in d.needs]
-    return Sights(model, prompts, lines, planned.tower, wanted)
+    # One tower looks: the first that any table has heads of.
+    scored = {name for table in tables.values() for name in table.towers}
+    tower = next(name for name in planned.towers if name in scored)
+    return Sights(model, prompts, lines, tower, wanted)
 
 
 def _keep_traces(

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from interp.tasks import Task
 
 
+ALL = "all"
+"""Every tower of a model, where a command reads several."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A task or own prompts, checked as far as it can be without a model.
@@ -219,6 +223,32 @@ def check_tower(model: "Model", tower: str | None) -> None:
                 hint="headscope doctor names these modules",
             )
         raise UnknownNameError(f"tower of {model.name}", tower, model.towers)
+
+
+def read_towers(text: str | None) -> tuple[str, ...]:
+    """The towers that a command line names: `vision`, `text,vision` or `all`; none for the first.
+
+    Raises:
+        UsageError: a name is empty, or there twice.
+    """
+    names = () if text is None else tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise UsageError(f"--tower names each tower once, as in text,vision; got {text!r}")
+    return names
+
+
+def check_towers(model: "Model", names: Sequence[str]) -> tuple[str, ...] | None:
+    """The towers of a model that are meant by what `read_towers` read; None for the first.
+
+    Raises:
+        UnknownNameError: the model has no such tower.
+        ModelError: there is attention in it that is not reached, perhaps that of this tower.
+    """
+    if tuple(names) == (ALL,):
+        return tuple(model.towers)
+    for name in names:
+        check_tower(model, name)
+    return tuple(names) or None
 
 
 def is_pairs(task: str) -> bool:

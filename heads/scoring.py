@@ -3,29 +3,25 @@
 Detectors that use the same prompts share one forward pass per batch. Batches hold prompts of
 similar length, so that little is padded. Each finished batch goes into the run, if there is one:
 a process killed at any moment loses at most the batch in flight, and the same call goes on.
+
+Of several towers, a table holds the heads of all those that its detector applies to, each beside
+the controls of its own tower. Its q-values correct for all of these heads together, so that a head
+may have a larger one than in a table of its tower alone.
 """
 
 import hashlib
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from heads.detector import (
-    Detector,
-    Outcome,
-    ReadingDetector,
-    WatchingDetector,
-    make_detector,
-    require,
-)
-from interp.engine import Answer, read
+from heads.detector import Detector, make_detector, require
+from heads.measuring import Job as Job
+from heads.measuring import applying
+from heads.measuring import measure as _measure
 from interp.errors import InputError
-from interp.memory import fitting, halving
 from interp.model import Model
 from interp.prompts import Prompt
 from interp.run import Run
@@ -33,30 +29,10 @@ from interp.scores import HeadScores
 from interp.tasks import Task, make_task
 
 if TYPE_CHECKING:
-    from interp.seam.structure import Tower
+    from interp.headid import HeadId
 
 Progress = Callable[[int, int], None]
 """Called after each batch with tokens done and tokens in all."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One batch of prompts for some detectors.
-
-    Attributes:
-        index: number of the batch; its part in a run.
-        detectors: those that use these prompts.
-        prompts: the batch.
-    """
-
-    index: int
-    detectors: tuple[Detector, ...]
-    prompts: tuple[Prompt, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the batch, padding not counted."""
-        return sum(map(len, self.prompts))
 
 
 @dataclass(frozen=True)
@@ -65,13 +41,18 @@ class Plan:
 
     Attributes:
         jobs: the batches.
-        tower: name of the tower read.
+        towers: names of the towers read, in the order of the model.
         key: all that the numbers depend on, for the run.
     """
 
     jobs: tuple[Job, ...]
-    tower: str
+    towers: tuple[str, ...]
     key: Mapping[str, Any]
+
+    @property
+    def tower(self) -> str:
+        """The first tower read."""
+        return self.towers[0]
 
     @property
     def tokens(self) -> int:
@@ -88,7 +69,7 @@ def score(
     n: int = 20,
     batch_size: int = 4,
     seed: int = 0,
-    tower: str | None = None,
+    tower: str | Sequence[str] | None = None,
     run: Run | None = None,
     progress: Progress | None = None,
 ) -> dict[str, HeadScores]:
@@ -102,7 +83,8 @@ def score(
         n: number of prompts of a task.
         batch_size: prompts at a time.
         seed: seed of tasks and controls.
-        tower: tower to score; the model's first if None.
+        tower: tower to score, or several, whose heads share the tables; the model's first if
+            None.
         run: where finished batches are kept, opened with `plan(...).key`.
         progress: called after each batch.
 
@@ -111,7 +93,10 @@ def score(
 
     Raises:
         DoctorError: what would be read from this model is not true.
-        InputError: prompts that do not fit the model or lack a span.
+        InputError: prompts that do not fit the model or lack a span, or a detector that applies to
+            none of the towers. One that applies to some leaves out the others: the table's
+            failures and `provenance["left_out"]` say why.
+        SiteError: the model has no such tower.
         TooLargeError: a single prompt does not fit into memory.
     """
     if not isinstance(model, Model):
@@ -134,10 +119,10 @@ def plan(
     n: int = 20,
     batch_size: int = 4,
     seed: int = 0,
-    tower: str | None = None,
+    tower: str | Sequence[str] | None = None,
 ) -> Plan:
     """What `score` would do with the same arguments; nothing is run."""
-    stack = model.tower(tower) if tower else next(iter(model.towers.values()))
+    towers = towers_of(model, tower)
     jobs, about = batches(
         model, detectors, prompts, task=task, n=n, batch_size=batch_size, seed=seed
     )
@@ -151,11 +136,29 @@ def plan(
         "tasks": about,
         "batch_size": batch_size,
         "seed": seed,
-        "tower": stack.name,
+        "tower": ",".join(towers),
         # A formula may change between versions: an old run must not answer for a new one.
         "headscope": _version("headscope"),
     }
-    return Plan(jobs, stack.name, key)
+    return Plan(jobs, towers, key)
+
+
+def towers_of(model: Model, asked: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the towers asked for, in the order of the model; its first if None.
+
+    Raises:
+        SiteError: the model has no such tower.
+        InputError: no tower, or one twice.
+    """
+    if not asked and not isinstance(asked, str | None):
+        raise InputError("at least one tower is needed; got none")
+    if not asked:
+        return (next(iter(model.towers)),)
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if len(set(names)) != len(names):
+        raise InputError(f"each tower may be asked for once; got {', '.join(names)}")
+    found = {model.tower(name).name for name in names}
+    return tuple(name for name in model.towers if name in found)
 
 
 def batches(
@@ -205,29 +208,51 @@ def execute(
 ) -> dict[str, HeadScores]:
     """Carry a plan out; see `score`."""
     model.check()
-    tower = model.tower(made.tower)
     parts: dict[int, Mapping[str, np.ndarray]] = {}
     failed: dict[int, Mapping[str, Mapping[str, str]]] = {}
+    towers, left = _settled(model, made, run, seed)
     done = 0
     for job in made.jobs:
-        if run is not None and job.index in run.finished:
-            part = run.part(job.index)
+        part = run.part(job.index) if run is not None and job.index in run.finished else None
+        if part is not None:
             parts[job.index], failed[job.index] = part.arrays, part.meta["failures"]
         else:
-            arrays, failures = _measure(model, tower, job, seed)
+            arrays, failures = _measure(model, towers, job, seed)
             parts[job.index], failed[job.index] = arrays, failures
             if run is not None:
-                run.put_part(job.index, arrays, {"failures": failures})
+                told = {d.name: left[d.name] for d in job.detectors if d.name in left}
+                about = {"failures": failures}
+                run.put_part(job.index, arrays, about | ({"left_out": told} if told else {}))
         done += job.tokens
         if progress is not None:
             progress(done, made.tokens)
     scores = {
-        d.name: _table(d, model, tower, made, parts, failed)
+        d.name: _table(d, model, made, towers[d.name], left.get(d.name, {}), parts, failed)
         for d in {d.name: d for job in made.jobs for d in job.detectors}.values()
     }
     if run is not None and run.status != "complete":
         run.finish(list(scores.values()))
     return scores
+
+
+def _settled(
+    model: Model, made: Plan, run: Run | None, seed: int
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Mapping[str, str]]]:
+    """Towers by detector, before the first batch is measured; and why others are left out."""
+    towers: dict[str, tuple[str, ...]] = {}
+    left: dict[str, Mapping[str, str]] = {}
+    for job in made.jobs:
+        if job.detectors[0].name in towers:  # told by an earlier batch
+            continue
+        if run is not None and job.index in run.finished:
+            told = run.part(job.index).meta.get("left_out", {})
+            for d in job.detectors:
+                towers[d.name] = tuple(t for t in made.towers if t not in told.get(d.name, ()))
+        else:
+            found, told = applying(model, made.towers, job, seed)
+            towers |= found
+        left |= told
+    return towers, left
 
 
 def _grouped(
@@ -283,89 +308,12 @@ def _implementation(model: Model) -> str | None:
     return value if isinstance(value, str) else None
 
 
-Arrays = dict[str, np.ndarray]
-Failures = dict[str, dict[str, str]]
-
-
-def _measure(model: Model, tower: "Tower", job: Job, seed: int) -> tuple[Arrays, Failures]:
-    def work(prompts: Sequence[Prompt]) -> tuple[Arrays, Failures]:
-        return _flattened(model, tower, replace(job, prompts=tuple(prompts)), seed)
-
-    done = [made for _, made in halving(job.prompts, work, what="prompts")]
-    arrays = {name: np.concatenate([a[name] for a, _ in done]) for name in done[0][0]}
-    failures = {
-        name: {i: why for _, f in done for i, why in f[name].items()} for name in done[0][1]
-    }
-    return arrays, failures
-
-
-def _flattened(model: Model, tower: "Tower", job: Job, seed: int) -> tuple[Arrays, Failures]:
-    arrays: Arrays = {}
-    failures: Failures = {}
-    longest = max(map(len, job.prompts))
-    # Batches are halved before this is said, so that only a single prompt gets here.
-    with fitting(
-        f"{len(job.prompts)} prompts of up to {longest} tokens",
-        "choose shorter prompts, or dtype bfloat16 (--dtype bfloat16)",
-    ):
-        outcomes = dict(_outcomes(model, tower, job, seed))
-    for name, outcome in outcomes.items():
-        arrays[f"{name}/score"] = _flat(tower, outcome.values)
-        arrays[f"{name}/null"] = _flat(tower, outcome.null)
-        for extra, values in outcome.extras.items():
-            arrays[f"{name}/extra/{extra}"] = _flat(tower, values)
-        failures[name] = {job.prompts[i].id: why for i, why in outcome.failures.items()}
-    return arrays, failures
-
-
-def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tuple[str, Outcome]]:
-    readers = [d for d in job.detectors if isinstance(d, ReadingDetector)]
-    if readers:
-        prompts = list(job.prompts)
-        for detector in readers:
-            prompts = [detector.prepare(p) for p in prompts]
-        batch = model.batch(prompts)
-        wanted = {f"{d.name}/{n}": r for d in readers for n, r in d.readings().items()}
-        answers = read(model, batch, wanted, tower=tower.name)
-        for detector in readers:
-            # Controls are seeded by the prompt, so that batches may be cut anywhere.
-            rngs = [random.Random(f"{seed}/{detector.name}/{p.id}") for p in prompts]
-            made = [detector.control(p, rng) for p, rng in zip(prompts, rngs, strict=True)]
-            held = [c for c in made if c is not None]
-            control = None
-            # Rows of the control stand for rows of the batch.
-            assert len(held) in (0, len(prompts)), f"{detector.name} controls some prompts only"
-            if held:
-                own = {n: r for n, r in wanted.items() if n.startswith(f"{detector.name}/")}
-                control = _own(detector, read(model, model.batch(held), own, tower=tower.name))
-            yield (
-                detector.name,
-                detector.formula(model, tower, batch, _own(detector, answers) or {}, control),
-            )
-    for watcher in job.detectors:
-        if isinstance(watcher, WatchingDetector):
-            yield watcher.name, watcher.watch(model, list(job.prompts), tower=tower.name)
-
-
-def _own(detector: Detector, answers: Mapping[str, Answer]) -> dict[str, torch.Tensor]:
-    prefix = f"{detector.name}/"
-    return {n[len(prefix) :]: a.values for n, a in answers.items() if n.startswith(prefix)}
-
-
-def _flat(tower: "Tower", values: torch.Tensor) -> np.ndarray:
-    """[example, layer, head] as [example, head], in the order of `Tower.heads`."""
-    rows = [
-        values[:, at, : layer.n_heads].detach().cpu().double()
-        for at, layer in enumerate(tower.layers)
-    ]
-    return torch.cat(rows, dim=1).numpy()
-
-
 def _table(
     detector: Detector,
     model: Model,
-    tower: "Tower",
     made: Plan,
+    towers: Sequence[str],
+    left: Mapping[str, str],
     parts: Mapping[int, Mapping[str, np.ndarray]],
     failed: Mapping[int, Mapping[str, Mapping[str, str]]],
 ) -> HeadScores:
@@ -378,9 +326,16 @@ def _table(
     prefix = f"{detector.name}/extra/"
     extras = [n[len(prefix) :] for n in parts[jobs[0].index] if n.startswith(prefix)]
     failures = {i: w for job in jobs for i, w in failed[job.index].get(detector.name, {}).items()}
+    heads: list[HeadId] = [head for name in towers for head in model.tower(name).heads]
+    about = provenance(model, made)
+    if left:
+        about["left_out"] = dict(left)
+        first = prompts[0].id
+        said = [f"tower {name} is left out: {why}" for name, why in left.items()]
+        failures[first] = "; ".join([*filter(None, [failures.get(first)]), *said])
     return HeadScores(
         detector=detector.name,
-        heads=tower.heads,
+        heads=tuple(heads),
         per_example=gather("score"),
         null_per_example=gather("null"),
         examples=tuple(p.id for p in prompts),
@@ -389,7 +344,7 @@ def _table(
         unit=detector.unit,
         range=detector.range,
         params=detector.params,
-        provenance=provenance(model, made),
+        provenance=about,
         extras={name: gather(f"extra/{name}") for name in extras},
     )
 

@@ -373,7 +373,7 @@ def test_too_little_memory_is_69_with_the_next_thing_to_try(run, monkeypatch) ->
     def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("heads.scoring.read", full)
+    monkeypatch.setattr("heads.measuring.read", full)
     done = run("rank", "sink", *FAST)
     assert done.code == 69 and "--dtype bfloat16" in done.err
     assert "2 prompts at once do not fit into memory; going on with 1" in done.err

@@ -111,6 +111,10 @@ COMMANDS: dict[str, Callable[[], Sequence[str]]] = {
     "rank tower": lambda: (
         "rank", "region-grounding", "-m", VLM, "--tower", "vision", "-p", vlm_file()
     ),
+    "rank towers": lambda: (
+        "rank", "content-agnostic", "region-grounding", "-m", VLM, "--tower", "all",
+        "-p", vlm_file()
+    ),
     "rank vit": lambda: ("rank", "region-grounding", "-m", VIT, "-p", vit_file()),
     "verdict": lambda: ("verdict", "region-grounding", "-m", VLM, "-p", vlm_file(),
                         "--most", "1", "--controls", "1"),
@@ -147,6 +151,127 @@ def test_prompts_with_images_and_boxes_go_through_every_command_and_leave_an_ove
     rows = json.loads(drawn.out)["rows"]
     assert all(0 <= row["mass"] <= 1.001 for row in rows)
     assert run("show", "r", "--format", "tsv").out == done.out
+
+
+def test_heads_of_several_towers_share_a_run_a_table_and_what_follows_from_it(run) -> None:
+    rank = ("rank", "region-grounding", "content-agnostic", "-m", VLM, "-p", vlm_file())
+    done = run(*rank, "--tower", "text,vision", "--out", "both")
+    assert done.code == 0, done.err
+    assert "q over all heads of text and vision" in done.err
+    assert "tower text is left out: one image that tower 'text' sees" in done.err
+    mine = [r for r in done.rows if r["detector"] == "region-grounding"]
+    assert len(mine) == 44 and {r["tower"] for r in mine} == {"text", "vision"}
+    scores = {r["head"]: (r["score"], r["null"], r["n"], r["ci_lo"]) for r in mine}
+    for tower in ("text", "vision"):
+        alone = run("rank", "region-grounding", *rank[3:], "--tower", tower, "--no-save").rows
+        for r in alone:
+            assert scores.pop(r["head"]) == (r["score"], r["null"], r["n"], r["ci_lo"])
+    assert not scores
+    rest = [r for r in done.rows if r["detector"] == "content-agnostic"]
+    assert len(rest) == 12 and {r["tower"] for r in rest} == {"vision"}
+    for same in ("all", "vision,text", " text, vision"):
+        again = run(*rank, "--tower", same, "--out", "both")
+        assert again.out == done.out and "nothing was computed" in again.err
+    assert run("show", "both", "--format", "tsv").out == done.out
+    shown = json.loads(run("show", "both", "--format", "json").out)
+    told = shown["detectors"]["content-agnostic"]["provenance"]["left_out"]
+    assert list(told) == ["text"]
+    # Another run of the same towers compares; one of a single tower says what differs.
+    assert run(*rank, "--tower", "all", "--n", "5", "--seed", "1", "--out", "next").code == 0
+    compared = run("compare", "both", "next")
+    assert compared.code == 0 and [r["heads"] for r in compared.rows] == ["44", "12"]
+    assert run("rank", "region-grounding", *rank[3:], "--out", "one").code == 0
+    assert_a_line(run("compare", "both", "one"), "must be about the same heads")
+
+
+def test_a_verdict_takes_the_heads_of_both_towers_from_a_run(run) -> None:
+    """Of both towers: their ids are read, their controls come from their own towers."""
+    rank = ("rank", "visual-attention", "-m", VLM, "-p", vlm_file(), "--out", "both")
+    assert run(*rank, "--tower", "all").code == 0
+    verdict = ("verdict", "visual-attention", "-m", VLM, "-p", "vlm.jsonl", "--controls", "1")
+    done = run(*verdict, "--scores", "both", "--heads", "L3H4,vision.L2H1", "--out", "v")
+    assert done.code == 0, done.err
+    assert {r["head"] for r in done.rows} >= {"L3H4", "vision.L2H1"}
+    drawn = [
+        row["heads"].split() for rows in json.loads(run("show", "v", "--format", "json").out)[
+            "draws"].values() for row in rows
+    ]  # fmt: skip
+    assert all(sum(h.startswith("vision.") for h in heads) <= 1 for heads in drawn) and drawn
+    by_scores = run(*verdict, "--scores", "both", "--most", "2", "--no-save")
+    assert by_scores.code == 0, by_scores.err
+    best = [r["head"] for r in run("show", "both", "--top", "4", "--format", "tsv").rows]
+    assert len({"vision" in head for head in best}) == 2
+    ablated = run("ablate", "-m", VLM, "-p", "vlm.jsonl", "-H", "top:4@both", "--no-save")
+    assert ablated.code == 0 and {r["head"] for r in ablated.rows} == {*best}, ablated.err
+
+
+def test_an_overlay_shows_the_first_tower_that_was_scored(run) -> None:
+    for detector, tower in (("content-agnostic", "vision"), ("region-grounding", "text")):
+        done = run("rank", detector, "-m", VLM, "-p", vlm_file(), "--tower", "all", "--out", tower)
+        assert done.code == 0, done.err
+        kept = Run.load(tower).extra(overlay.EXTRA)
+        assert kept is not None and kept.meta["tower"] == tower
+        mine = [r["head"] for r in done.rows if r["tower"] == tower]
+        assert kept.meta["best"][detector] == mine[: len(kept.meta["best"][detector])] != []
+
+
+def test_a_dry_run_counts_the_passes_of_every_tower(run) -> None:
+    """Each detector is tried on a prompt in each tower, and then reads its batches in it."""
+
+    def counts(*args: str) -> dict[str, float]:
+        done = run("rank", "visual-attention", "region-grounding", "-m", VLM, "-p", "vlm.jsonl",
+                   "--dry-run", "--batch-size", "1", *args)  # fmt: skip
+        assert done.code == 0, done.err
+        return {r["quantity"]: float(r["value"]) for r in done.rows}
+
+    vlm_file()
+    one, both = counts(), counts("--tower", "all")
+    assert both["towers"] == 2 and "towers" not in one
+    for name in ("prompts", "tokens", "batches", "longest prompt"):
+        assert both[name] == one[name]
+    through = "tokens through the model"
+    shortest = min(len(p) for p in both_prompts())
+    assert both[through] == 2 * (one[through] + 2 * shortest)
+    assert counts("--tower", "text,vision") == {**both, "time": pytest.approx(both["time"], rel=99)}
+    model = load(VLM)
+    model.check()  # which runs it too
+    passed: list[int] = []
+    handle = model.hf.register_forward_pre_hook(
+        lambda _m, _a, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    from heads import score
+
+    score(model, ["visual-attention", "region-grounding"], both_prompts(), batch_size=1,
+          tower=("text", "vision"))  # fmt: skip
+    handle.remove()
+    assert sum(passed) == both[through]
+
+
+def both_prompts() -> list[Prompt]:
+    from app.given import Given, made_prompts
+
+    lines = Given(Path("vlm.jsonl"), (), ()).lines()
+    assert lines is not None
+    return made_prompts(lines, load(VLM))
+
+
+@pytest.mark.parametrize(
+    ("towers", "code", "part"),
+    [
+        ("text,audio", 2, "'audio'"),
+        ("text,text", 2, "names each tower once"),
+        ("text,", 2, "names each tower once"),
+        ("", 2, "names each tower once"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_towers_that_are_not_there_are_one_line(
+    towers: str, code: int, part: str, more: Sequence[str], run
+) -> None:
+    done = run("rank", "visual-attention", "-m", VLM, "--n", "1", "--tower", towers, *more)
+    assert (done.code, done.out) == (code, "")
+    assert_a_line(done, part)
+    assert not Path("runs").exists()
 
 
 def test_an_image_on_the_command_line_is_the_line_of_a_file(run) -> None:

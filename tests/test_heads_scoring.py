@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
+import heads.measuring as measuring
 import heads.scoring as scoring
 from heads.detector import DETECTORS, make_detector
 from heads.scoring import execute, plan, score
@@ -360,7 +361,7 @@ def test_a_model_may_be_named(model):
 
 def test_a_batch_that_does_not_fit_is_halved_and_that_is_said(model, monkeypatch):
     want = score(model, "sink", n=7)["sink"]
-    sizes, read = [], scoring.read
+    sizes, read = [], measuring.read
 
     def small(model, batch, *args, **kwargs):
         sizes.append(len(batch))
@@ -368,7 +369,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_said(model, monkeypatch
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
         return read(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(scoring, "read", small)
+    monkeypatch.setattr(measuring, "read", small)
     with pytest.warns(SmallerBatchWarning) as said:
         got = score(model, "sink", n=7, batch_size=8)["sink"]
     assert sizes == [7, 4, 2, 2, 3, 2, 1]
@@ -382,7 +383,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_with_a_way_out(model, monkeypatc
     def starved(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(scoring, "read", starved)
+    monkeypatch.setattr(measuring, "read", starved)
     with (
         pytest.warns(SmallerBatchWarning),
         pytest.raises(TooLargeError, match="1 prompts of up to 64 tokens do not fit") as caught,
@@ -393,7 +394,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_with_a_way_out(model, monkeypatc
     def faulty(*args, **kwargs):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(scoring, "read", faulty)
+    monkeypatch.setattr(measuring, "read", faulty)
     with pytest.raises(RuntimeError, match="shapes differ"):
         score(model, "sink", n=2)
 
