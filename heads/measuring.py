@@ -168,6 +168,7 @@ def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tup
     if readers:
         prompts = list(job.prompts)
         for detector in readers:
+            _check_positions(detector, tower, prompts)
             prompts = [detector.prepare(p) for p in prompts]
         batch = model.batch(prompts)
         wanted = {f"{d.name}/{n}": r for d in readers for n, r in d.readings().items()}
@@ -190,6 +191,17 @@ def _outcomes(model: Model, tower: "Tower", job: Job, seed: int) -> Iterator[tup
     for watcher in job.detectors:
         if isinstance(watcher, WatchingDetector):
             yield watcher.name, watcher.watch(model, list(job.prompts), tower=tower.name)
+
+
+def _check_positions(detector: Detector, tower: "Tower", prompts: Sequence[Prompt]) -> None:
+    """Refuse readings of tokens where positions are patches: their numbers would mean nothing."""
+    seen = {name for p in prompts for name in p.views}
+    if seen & {tower.name, f"{tower.name}/keys"} and not detector.needs:
+        raise InputError(
+            f"detector {detector.name!r} is about the tokens of a text; positions of tower "
+            f"{tower.name!r} are patches",
+            hint="choose the tower that reads the text, or a detector of vision towers",
+        )
 
 
 def _own(detector: Detector, answers: Mapping[str, Answer]) -> dict[str, torch.Tensor]:

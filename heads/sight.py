@@ -35,12 +35,12 @@ def with_last(prompt: Prompt) -> Prompt:
 
 
 def seen_by(batch: Batch, tower: "Tower") -> Batch:
-    """The batch in positions of a tower.
+    """The batch in positions of a tower; of cross-attention, in those of its keys.
 
     Raises:
         InputError: an example has several images or tiles, of which each is a row of the tower.
     """
-    seen = batch.view(tower.name)
+    seen = batch.view(f"{tower.name}/keys") or batch.view(tower.name)
     if seen is None:
         return batch
     rows, owners = seen
@@ -75,7 +75,7 @@ def reads_prompt(tower: "Tower", prompts: Sequence[Prompt], detector: str) -> No
     Raises:
         InputError: the tower attends over patches or frames of its own.
     """
-    if any(tower.name in p.views for p in prompts):
+    if any(name in p.views for p in prompts for name in (tower.name, f"{tower.name}/keys")):
         raise InputError(
             f"detector {detector!r} needs a tower over the prompt's tokens; got {tower.name!r}",
             hint="choose the tower that reads the text",

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,12 +15,13 @@ import heads.scoring as scoring
 from heads import score
 from heads.detector import Outcome, ReadingDetector
 from heads.scoring import execute, plan
+from interp.engine import read
 from interp.errors import InputError, SiteError
 from interp.headid import HeadId
 from interp.images import image_prompt
 from interp.loading import load
 from interp.prompts import Prompt
-from interp.readings import KeyMass
+from interp.readings import KeyMass, Rows
 from interp.run import Run
 
 MANY = ("region-grounding", "visual-attention", "localisation", "image-sensitivity",
@@ -148,11 +149,22 @@ def test_text_vision_and_cross_attention_heads_of_one_model_are_read_in_one_run(
     assert towers == ("text", "vision", "vision-global_transformer", "cross")
     detectors = ["visual-attention", "distance-profile", "previous-token"]
     made = score(model, detectors, prompts, batch_size=2, tower=towers)
-    for name, apply in zip(detectors, (towers, towers[1:3], towers[:3]), strict=True):
+    for name, apply in zip(detectors, (towers, towers[1:3], towers[:1]), strict=True):
         alone = [score(model, name, prompts, batch_size=2, tower=t)[name] for t in apply]
         assert_columns(made[name], alone)
         assert set(made[name].provenance.get("left_out", ())) == {*towers} - {*apply}
-    assert str(made["visual-attention"].heads[-1]) == "cross.L3H1"
+    table = made["visual-attention"]
+    assert str(table.heads[-1]) == "cross.L3H1"
+    # Keys of cross attention are patches, class tokens and what fills up, not the prompt's tokens.
+    (row,) = prompts[0].views["cross/keys"]
+    assert table.null[-1] == pytest.approx(len(row.positions("image")) / len(row))
+    last = len(prompts[0]) - 1
+    batch = model.batch(
+        [replace(prompts[0], spans={**prompts[0].spans, "at": ((last, last + 1),)})]
+    )
+    whole = read(model, batch, {"row": Rows("at")}, tower="cross")["row"].values[0, -1, -1, 0]
+    want = float(whole[row.positions("image")].sum())
+    assert table.per_example[0, -1] == pytest.approx(want, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------- a planted model
@@ -227,6 +239,7 @@ class Odd(ReadingDetector):
     name: ClassVar[str] = "odd"
     unit: ClassVar[str] = "attention"
     threshold: ClassVar[float] = 0.0
+    needs: ClassVar[tuple[str, ...]] = ("image",)
     task: ClassVar[str] = "shapes"
 
     def readings(self):
