@@ -5,14 +5,17 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test browser check bench docs clean
+.PHONY: demo test test-all browser check bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headscope rank retrieval --model zoo:needle --top 8
 
 test: $(VENV)/.installed-dev browser
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/.installed-dev browser
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 # Tests of pages run in a Chromium of the system. On Debian, as root, one is installed; elsewhere
 # they are skipped without one, unless CI is set.

@@ -357,6 +357,7 @@ def until(page, script):
     page.wait_for_function(f"() => {script}", timeout=60_000)
 
 
+@pytest.mark.slow
 def test_a_result_stands_beside_the_page_s_own_form_in_both_themes(root, page):
     with served_to(page, root) as site:
         for theme in ("light", "dark"):

@@ -484,6 +484,7 @@ def test_a_cancelled_job_goes_on_to_the_same_end(jobs, root, brake) -> None:
     assert scores(root / again.run) == scores(in_terminal(*RANK))
 
 
+@pytest.mark.slow
 def test_jobs_cancelled_at_any_moment_leave_all_in_order(jobs, root) -> None:
     line = (*RANK[:-3], "40", *RANK[-2:])
     clean, states = logits(jobs), []

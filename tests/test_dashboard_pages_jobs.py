@@ -261,6 +261,7 @@ def test_a_job_can_be_looked_up_by_its_address_and_run_again(tmp_path, page):
 
 
 @SWALLOWED
+@pytest.mark.slow
 def test_a_hidden_tab_asks_nothing(tmp_path, page):
     with served(tmp_path / "runs", jobs=True) as site:
         page.add_init_script(

@@ -671,6 +671,7 @@ def test_a_chosen_prompt_is_taken_up_and_a_file_is_loaded(page, root):
         assert "y.txt must hold text in UTF-8" in page.inner_text("#prompt-error")
 
 
+@pytest.mark.slow
 def test_axe_finds_nothing(page, root):
     place, _ = root
     one = traces(place, "one")
