@@ -226,6 +226,7 @@ def test_a_job_may_write_a_recipe(jobs, root) -> None:
     assert made.read_bytes() == Path("b.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_models_are_held_and_the_one_used_last_stays(root, monkeypatch) -> None:
     loaded = []
     own = Source._load

@@ -236,6 +236,7 @@ def test_a_typed_command_runs_in_view_and_is_told_of_on_other_pages(tmp_path, pa
         leave(page)
 
 
+@pytest.mark.slow
 def test_a_job_can_be_looked_up_by_its_address_and_run_again(tmp_path, page):
     with served(tmp_path / "runs", jobs=True) as site:
         page.goto(f"{site}/jobs")

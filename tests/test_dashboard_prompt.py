@@ -599,6 +599,7 @@ def test_a_prompt_is_typed_previewed_run_and_compared(page, tmp_path):
         assert page.evaluate("() => headscope.state.prompt") == mine["prompt-1"].key
 
 
+@pytest.mark.slow
 def test_needles_are_made_scored_and_drawn(page, tmp_path):
     with served_to(page, tmp_path, jobs=True) as site:
         show(page, f"{site}/r/-/prompt?model=zoo:needle")
